@@ -1,0 +1,1 @@
+//! The list of faults, and the one place where their types are erased.

@@ -1,0 +1,1 @@
+//! Thin, safe faces over the kernel. The only unsafe code of the agent.

@@ -1,0 +1,1 @@
+//! Probes: sources of samples.

@@ -1,0 +1,1 @@
+//! Reports: folds over a run.
