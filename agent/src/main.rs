@@ -1,9 +1,221 @@
 //! `squall-agent`: build, run, drain. No logic.
 
+mod engine;
 mod fault;
 mod host;
+mod journal;
 mod limits;
+mod metrics;
+mod sample;
+mod server;
+mod stress;
 mod target;
 mod time;
 
-fn main() {}
+use std::{
+    fs,
+    io::{self, Read},
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::net::UnixStream as StdUnixStream,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use squall_proto::v1::agent_server::AgentServer;
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+use crate::{engine::Engine, fault::KINDS, journal::Journal, limits::Limits};
+
+/// Longest message a client may send, bytes.
+const LARGEST_MESSAGE: usize = 1 << 20;
+/// Calls and streams of one connection at once.
+const MOST_STREAMS: u32 = 128;
+
+/// The node daemon that injects faults and always takes them back.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A stressor; the agent starts these itself.
+    #[command(hide = true)]
+    Stress(stress::Args),
+}
+
+#[derive(Debug, clap::Args)]
+struct Run {
+    /// Unix socket to serve gRPC on, mode 0600
+    #[arg(long, default_value = "/run/squall/agent.sock", value_name = "PATH")]
+    socket: PathBuf,
+    /// Directory of the undo journal; one agent at a time
+    #[arg(long, default_value = "/var/lib/squall", value_name = "DIR")]
+    state_dir: PathBuf,
+    /// Loopback address for Prometheus, or "off"
+    #[arg(long, default_value = "127.0.0.1:9723", value_name = "ADDR|off", value_parser = metrics_address)]
+    metrics: MetricsAddress,
+    /// Form of the log lines on stderr
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log: LogFormat,
+    /// Drain and exit when standard input closes: the agent then lives no longer than who started it
+    #[arg(long)]
+    exit_on_stdin_eof: bool,
+    /// Longest time an injection may ask for
+    #[arg(long, default_value = "3600", value_name = "SECONDS")]
+    longest: u64,
+    /// Most live injections at once
+    #[arg(long, default_value_t = 32, value_name = "N")]
+    most_injections: usize,
+    /// Allow network faults without peers on the node's own interfaces: they hit SSH and the kubelet too
+    #[arg(long)]
+    allow_whole_node_network: bool,
+}
+
+#[derive(Debug, Clone)]
+struct MetricsAddress(Option<SocketAddr>);
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn metrics_address(text: &str) -> Result<MetricsAddress, String> {
+    if text == "off" {
+        return Ok(MetricsAddress(None));
+    }
+    text.parse()
+        .map(|a| MetricsAddress(Some(a)))
+        .map_err(|_| "write 127.0.0.1:PORT, [::1]:PORT or off".to_owned())
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Some(Command::Stress(args)) = cli.command {
+        return stress::main(args);
+    }
+    start_log(cli.run.log);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    match runtime.context("start the runtime").and_then(|runtime| runtime.block_on(run(cli.run))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            error!("{e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("SQUALL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match format {
+        LogFormat::Text => builder.with_ansi(false).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}
+
+async fn run(args: Run) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("squall-agent needs root: it loads eBPF programs and enters namespaces and cgroups");
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut stdin_closed = if args.exit_on_stdin_eof { stdin_closed() } else { mpsc::channel(1).1 };
+
+    let journal = Journal::open(&args.state_dir)?;
+    let limits = Limits {
+        longest: Duration::from_secs(args.longest),
+        most_injections: args.most_injections,
+        whole_node_network: args.allow_whole_node_network,
+        ..Limits::default()
+    };
+    let engine = Engine::new(journal, limits)?;
+    engine.replay(KINDS).await?;
+
+    if let Some(address) = args.metrics.0 {
+        metrics::serve(address, engine.clone()).await?;
+    }
+    let listener = listen(&args.socket)?;
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    let service = AgentServer::new(server::Server::new(engine.clone()).await)
+        .max_decoding_message_size(LARGEST_MESSAGE);
+    health_reporter.set_serving::<AgentServer<server::Server>>().await;
+    let serving = Server::builder()
+        .max_concurrent_streams(MOST_STREAMS)
+        .add_service(health)
+        .add_service(service)
+        .serve_with_incoming(UnixListenerStream::new(listener));
+    info!(socket = %args.socket.display(), "serving");
+
+    let why = tokio::select! {
+        served = serving => {
+            served.context("serve gRPC")?;
+            "the server ended"
+        }
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        Some(()) = stdin_closed.recv() => "standard input closed",
+    };
+    info!(why, "draining");
+    let stuck = engine.drain("the agent was stopped").await;
+    let _gone = fs::remove_file(&args.socket);
+    if !stuck.is_empty() {
+        let ids: Vec<_> = stuck.into_iter().map(|i| i.id).collect();
+        bail!("could not revert {}; the journal keeps them for the next start", ids.join(", "));
+    }
+    info!("drained, nothing left behind");
+    Ok(())
+}
+
+/// Binds the socket so that only root can connect. Takes the place of a dead agent's socket, never of a living one's.
+fn listen(path: &Path) -> Result<UnixListener> {
+    if StdUnixStream::connect(path).is_ok() {
+        bail!("another agent answers on {}; talk to that one, or give --socket", path.display());
+    }
+    if let Some(dir) = path.parent() {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.with_context(|| format!("make {}", dir.display()))?;
+    }
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("remove the old socket {}", path.display()));
+        }
+        _ => {}
+    }
+    // The mask makes it 0600 from its first moment; the mode is set too, in case the file system ignores the mask.
+    let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    nix::sys::stat::umask(mask);
+    let listener = listener.with_context(|| format!("listen on {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Says so once standard input is at its end.
+fn stdin_closed() -> mpsc::Receiver<()> {
+    let (closed, receiver) = mpsc::channel(1);
+    std::thread::spawn(move || {
+        let mut stdin = io::stdin().lock();
+        let mut buffer = [0; 256];
+        while !matches!(stdin.read(&mut buffer), Ok(0) | Err(_)) {}
+        let _draining_already = closed.blocking_send(());
+    });
+    receiver
+}

@@ -1,9 +1,16 @@
 //! The one clock that leases and deadlines run on.
 
-use std::{fmt, ops::Add, time::Duration};
+use std::{fmt, ops::Add, os::fd::OwnedFd, time::Duration};
 
-use nix::time::{ClockId, clock_gettime};
+use nix::{
+    sys::{
+        time::TimeSpec,
+        timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
+    },
+    time::{ClockId, clock_gettime},
+};
 use serde::{Deserialize, Serialize};
+use tokio::io::unix::AsyncFd;
 
 /// A reading of CLOCK_BOOTTIME in nanoseconds: it does not step, and it goes on through a suspend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -40,5 +47,22 @@ impl Add<Duration> for BootTime {
 impl fmt::Display for BootTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "boot+{:.3}s", self.0 as f64 / 1e9)
+    }
+}
+
+/// Sleeps until a time on CLOCK_BOOTTIME, which tokio's own timers do not run on: they stand still in a suspend.
+pub async fn sleep_until(time: BootTime) {
+    let timer =
+        TimerFd::new(timerfd::ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
+            .and_then(|timer| {
+                // Zero would disarm it.
+                let at = TimeSpec::from_duration(Duration::from_nanos(time.0.max(1)));
+                timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?;
+                Ok(timer)
+            });
+    match timer.map(OwnedFd::from).map_err(std::io::Error::from).and_then(AsyncFd::new) {
+        Ok(timer) => drop(timer.readable().await),
+        // Out of file descriptors: the coarser clock still ends it.
+        Err(_) => tokio::time::sleep(time.from_now()).await,
     }
 }

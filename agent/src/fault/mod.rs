@@ -16,7 +16,7 @@ use crate::{
 };
 
 mod registry;
-pub use registry::{AnyFault, AnyHeld, describe, revert};
+pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 
 /// One kind of fault.
 ///

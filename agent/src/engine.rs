@@ -1,0 +1,1011 @@
+//! The one place where order lives: plan → journal → inject → lease → revert.
+//!
+//! **Invariant:** the engine names no concrete fault, and nobody else calls `inject`.
+//!
+//! Every injection is a task of its own, so that a slow one never holds up the revert of another. Its state is a
+//! [`watch`] value that anybody may read; commands reach it through a channel.
+
+use std::{
+    collections::BTreeMap,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use futures::{FutureExt, future::join_all};
+use serde_json::Value;
+use squall_proto::v1::{self, State};
+use thiserror::Error;
+use tokio::{
+    sync::{Notify, broadcast, mpsc, oneshot, watch},
+    time::{Instant, timeout},
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    fault::{AnyFault, AnyHeld, Kind, Planned, Window},
+    journal::{Journal, Record, boot_id, is_id},
+    limits::{Invalid, Limits},
+    metrics::METRICS,
+    target::Target,
+    time::{BootTime, sleep_until},
+};
+
+/// Ended injections that are remembered, so that a controller can still ask what became of them.
+const REMEMBERED: usize = 256;
+/// How often a held fault's target is looked at: a vanished one ends the fault.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// First pause after a failed revert; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long a caller waits for a Fire or a Revert before it is told how things stand.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why the engine refused or failed. Where nothing else is said, nothing was changed.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The request is wrong or beyond the limits.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// It collides with what is there already.
+    #[error("{0}")]
+    Conflict(String),
+    /// No injection has this id.
+    #[error("no injection {0} on this agent")]
+    Unknown(String),
+    /// As many injections as allowed are live.
+    #[error("{0} injections are live, and this agent allows no more; revert one first")]
+    Full(usize),
+    /// The host refused.
+    #[error("{0:#}")]
+    Host(#[from] anyhow::Error),
+}
+
+/// What to inject, and for how long.
+pub struct Order {
+    /// Id; the n-th target of several gets `<id>.<n>`.
+    pub id: String,
+    /// Where, each an injection of its own.
+    pub targets: Vec<Target>,
+    /// What, parsed once for each target.
+    pub faults: Vec<AnyFault>,
+    /// From Fire to the deadline.
+    pub duration: Duration,
+    /// Ends without a renewal for this long.
+    pub lease: Duration,
+    /// Check and plan, keep nothing.
+    pub dry_run: bool,
+}
+
+/// The injections of this agent.
+#[derive(Clone)]
+pub struct Engine(Arc<Shared>);
+
+struct Shared {
+    journal: Journal,
+    limits: Limits,
+    boot_id: String,
+    injections: Mutex<BTreeMap<String, Entry>>,
+    changes: broadcast::Sender<v1::Injection>,
+}
+
+struct Entry {
+    core: Arc<Core>,
+    order: Option<(String, Duration, Duration)>,
+    commands: mpsc::Sender<Command>,
+}
+
+enum Command {
+    Fire,
+    Revert(&'static str),
+    Renew(oneshot::Sender<bool>),
+    Update(AnyFault, oneshot::Sender<Result<()>>),
+    Observe(oneshot::Sender<()>),
+}
+
+/// What outlives even a panic of an injection's task: enough to take it back.
+struct Core {
+    shared: Arc<Shared>,
+    kind: Kind,
+    target: Target,
+    undo: Value,
+    status: watch::Sender<Status>,
+    /// Wakes a stuck injection that waits for its next try.
+    retry: Notify,
+}
+
+#[derive(Clone)]
+struct Status {
+    injection: v1::Injection,
+    /// Reverts that failed.
+    failures: u32,
+}
+
+impl Engine {
+    /// An engine over a journal. What the journal holds of an earlier agent is taken back by [`Engine::replay`].
+    pub fn new(journal: Journal, limits: Limits) -> Result<Self> {
+        Ok(Self(Arc::new(Shared {
+            journal,
+            limits,
+            boot_id: boot_id()?,
+            injections: Mutex::default(),
+            changes: broadcast::channel(1024).0,
+        })))
+    }
+
+    /// Takes back what an earlier agent left, the newest first. What fails is kept as stuck and retried.
+    pub async fn replay(&self, kinds: &[Kind]) -> Result<()> {
+        let found = self.0.journal.read()?;
+        for (path, reason) in found.set_aside {
+            error!(path = %path.display(), reason, "an undo record cannot be read; it was set aside and nothing was undone from it");
+            METRICS.unreadable_records.inc();
+        }
+        for record in found.records {
+            let id = record.id.clone();
+            if record.boot_id != self.0.boot_id {
+                info!(id, "made before a reboot, which undid it");
+                self.0.journal.remove(&id)?;
+                continue;
+            }
+            let Some(kind) = kinds.iter().find(|k| k.name == record.kind) else {
+                error!(
+                    id,
+                    kind = record.kind,
+                    "this agent does not know this kind of fault; its record is kept"
+                );
+                continue;
+            };
+            info!(id, kind = kind.name, target = %record.target, "taking back what an earlier agent left");
+            let core = Core::left_over(Arc::clone(&self.0), *kind, record);
+            let (commands, _) = mpsc::channel(1);
+            self.0.insert(id, Entry { core: Arc::clone(&core), order: None, commands });
+            if !core.try_revert("left by an earlier agent").await {
+                tokio::spawn(async move { core.retry_revert("left by an earlier agent").await });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks and plans an order; keeps it until it is fired, or for one lease. Changes nothing on the host.
+    ///
+    /// The same order again returns what the first one did.
+    pub async fn arm(&self, order: Order) -> Result<Vec<v1::Injection>, EngineError> {
+        if !is_id(&order.id) {
+            let fix = "use 1 to 100 letters, digits, '.', '_' or '-', not starting with '.'";
+            return Err(Invalid::new("id", &order.id, "not an id", fix).into());
+        }
+        self.0.limits.check_times(order.duration, order.lease)?;
+        let many = order.targets.len() > 1;
+        let mut planned = Vec::new();
+        for (n, (target, fault)) in order.targets.into_iter().zip(order.faults).enumerate() {
+            let id = if many { format!("{}.{n}", order.id) } else { order.id.clone() };
+            fault.check(&target, &self.0.limits)?;
+            let digest = format!("{} {} {}", fault.kind().name, target.identity(), fault.summary());
+            if let Some(there) = self.0.same_order(&id, &digest, order.duration, order.lease)? {
+                planned.push((id, there, None));
+                continue;
+            }
+            self.0.refuse_beside_stuck(&target)?;
+            let plan = fault.plan(&target).await?;
+            let core = Core::armed(Arc::clone(&self.0), &id, &fault, target, &plan);
+            planned.push((id, core, Some((fault, digest))));
+        }
+        let new = planned.iter().filter(|(_, _, new)| new.is_some()).count();
+        let live = self.0.live();
+        if live + new > self.0.limits.most_injections {
+            return Err(EngineError::Full(live));
+        }
+        let mut armed = Vec::new();
+        for (id, core, new) in planned {
+            armed.push(core.injection());
+            let Some((fault, digest)) = new.filter(|_| !order.dry_run) else { continue };
+            let (commands, inbox) = mpsc::channel(16);
+            let order = Some((digest, order.duration, order.lease));
+            let (_, duration, lease) = order.clone().expect("just made");
+            self.0.insert(id, Entry { core: Arc::clone(&core), order, commands });
+            let task = Task { core, fault, duration, lease, commands: inbox };
+            tokio::spawn(task.supervise());
+        }
+        Ok(armed)
+    }
+
+    /// Injects what was armed, all at once. Says how each one stands then; firing twice changes nothing.
+    pub async fn fire(&self, ids: &[String]) -> Result<Vec<v1::Injection>, EngineError> {
+        let entries = self.entries(ids)?;
+        let fired = entries.into_iter().map(|(core, commands)| async move {
+            let _gone = commands.send(Command::Fire).await;
+            core.wait(|s| s.injection.state() != State::Armed).await
+        });
+        Ok(join_all(fired).await)
+    }
+
+    /// Extends leases. Returns the ids that are not live any more.
+    pub async fn renew(&self, ids: &[String]) -> Vec<String> {
+        let renewed = ids.iter().map(|id| async move {
+            let Ok(entries) = self.entries(std::slice::from_ref(id)) else { return false };
+            let mut live = !entries.is_empty();
+            for (_, commands) in entries {
+                let (reply, answer) = oneshot::channel();
+                live &= commands.send(Command::Renew(reply)).await.is_ok() && answer.await.unwrap_or(false);
+            }
+            live
+        });
+        let renewed = join_all(renewed).await;
+        ids.iter().zip(renewed).filter(|(_, live)| !live).map(|(id, _)| id.clone()).collect()
+    }
+
+    /// Changes the parameters of a live injection in place.
+    pub async fn update(&self, id: &str, fault: AnyFault) -> Result<v1::Injection, EngineError> {
+        let mut entries = self.entries(&[id.to_owned()])?;
+        let (core, commands) = match (entries.pop(), entries.is_empty()) {
+            (Some(entry), true) => entry,
+            _ => {
+                return Err(EngineError::Conflict(format!(
+                    "{id} is several injections; update each by its own id"
+                )));
+            }
+        };
+        fault.check(&core.target, &self.0.limits)?;
+        let (reply, answer) = oneshot::channel();
+        let not_live = || EngineError::Conflict(format!("{id} is not active, so there is nothing to update"));
+        commands.send(Command::Update(fault, reply)).await.map_err(|_| not_live())?;
+        answer.await.map_err(|_| not_live())??;
+        Ok(core.injection())
+    }
+
+    /// Ends injections, all at once, and waits until their hosts are as before. What is gone already is a success.
+    pub async fn revert(&self, ids: &[String], why: &'static str) -> Result<Vec<v1::Injection>, EngineError> {
+        let entries = self.entries(ids)?;
+        let reverted = entries.into_iter().map(|(core, commands)| async move {
+            let failures = core.status.borrow().failures;
+            let _gone = commands.send(Command::Revert(why)).await;
+            core.retry.notify_one();
+            core.wait(|s| s.ended() || s.failures > failures).await
+        });
+        Ok(join_all(reverted).await)
+    }
+
+    /// Reverts everything that is live. Returns what could not be reverted.
+    pub async fn drain(&self, why: &'static str) -> Vec<v1::Injection> {
+        let ids: Vec<_> = self.list().into_iter().filter(is_live).map(|i| i.id).collect();
+        let reverted = self.revert(&ids, why).await.unwrap_or_default();
+        reverted.into_iter().filter(is_live).collect()
+    }
+
+    /// All injections, ended ones included for a while.
+    pub fn list(&self) -> Vec<v1::Injection> {
+        self.0.lock().values().map(|e| e.core.injection()).collect()
+    }
+
+    /// As [`Engine::list`], with the effects measured now. Only these ids, where some are given.
+    pub async fn observe(&self, ids: &[String]) -> Result<Vec<v1::Injection>, EngineError> {
+        let ids = if ids.is_empty() { self.list().into_iter().map(|i| i.id).collect() } else { ids.to_vec() };
+        let observed = self.entries(&ids)?.into_iter().map(|(core, commands)| async move {
+            let (reply, answer) = oneshot::channel();
+            if commands.send(Command::Observe(reply)).await.is_ok() {
+                let _ended = answer.await;
+            }
+            core.injection()
+        });
+        Ok(join_all(observed).await)
+    }
+
+    /// Every change of state from now on.
+    pub fn changes(&self) -> broadcast::Receiver<v1::Injection> {
+        self.0.changes.subscribe()
+    }
+
+    /// The limits that orders are checked against.
+    pub fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// The injections of ids; `<id>` also names its `<id>.<n>`.
+    fn entries(&self, ids: &[String]) -> Result<Vec<(Arc<Core>, mpsc::Sender<Command>)>, EngineError> {
+        let injections = self.0.lock();
+        let mut entries = Vec::new();
+        for id in ids {
+            let part = |key: &str| {
+                key.strip_prefix(id.as_str())
+                    .and_then(|rest| rest.strip_prefix('.'))
+                    .is_some_and(|n| n.parse::<u32>().is_ok())
+            };
+            let before = entries.len();
+            let matching = injections.iter().filter(|(key, _)| *key == id || part(key));
+            entries.extend(matching.map(|(_, e)| (Arc::clone(&e.core), e.commands.clone())));
+            if entries.len() == before {
+                return Err(EngineError::Unknown(id.clone()));
+            }
+        }
+        Ok(entries)
+    }
+}
+
+fn is_live(injection: &v1::Injection) -> bool {
+    matches!(injection.state(), State::Armed | State::Active | State::Stuck)
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.injections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn live(&self) -> usize {
+        self.lock().values().filter(|e| is_live(&e.core.injection())).count()
+    }
+
+    fn insert(&self, id: String, entry: Entry) {
+        let mut injections = self.lock();
+        injections.insert(id, entry);
+        let mut ended: Vec<_> = injections
+            .iter()
+            .filter(|(_, e)| e.core.status.borrow().ended())
+            .map(|(id, e)| (e.core.injection().fired_boot_ns, id.clone()))
+            .collect();
+        ended.sort_unstable();
+        for (_, id) in ended.iter().take(ended.len().saturating_sub(REMEMBERED)) {
+            injections.remove(id);
+        }
+    }
+
+    /// The injection that this very order made before, if it did.
+    fn same_order(
+        &self,
+        id: &str,
+        digest: &str,
+        duration: Duration,
+        lease: Duration,
+    ) -> Result<Option<Arc<Core>>, EngineError> {
+        let injections = self.lock();
+        let Some(there) = injections.get(id) else { return Ok(None) };
+        if there.order.as_ref().is_some_and(|o| *o == (digest.to_owned(), duration, lease)) {
+            return Ok(Some(Arc::clone(&there.core)));
+        }
+        Err(EngineError::Conflict(format!("id {id} is taken by another injection; choose a new one")))
+    }
+
+    fn refuse_beside_stuck(&self, target: &Target) -> Result<(), EngineError> {
+        let identity = target.identity();
+        let stuck =
+            |core: &Core| core.injection().state() == State::Stuck && core.target.identity() == identity;
+        match self.lock().iter().find(|(_, e)| stuck(&e.core)) {
+            Some((id, _)) => Err(EngineError::Conflict(format!(
+                "{target} is still hurt by {id}, which could not be reverted yet; revert {id} first"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Status {
+    fn ended(&self) -> bool {
+        !is_live(&self.injection)
+    }
+}
+
+impl Core {
+    fn armed(
+        shared: Arc<Shared>,
+        id: &str,
+        fault: &AnyFault,
+        target: Target,
+        plan: &Planned<Value>,
+    ) -> Arc<Self> {
+        let injection = v1::Injection {
+            id: id.to_owned(),
+            kind: fault.kind().name.to_owned(),
+            target: Some((&target).into()),
+            state: State::Armed.into(),
+            summary: fault.summary(),
+            changes: plan.changes.clone(),
+            warnings: plan.warnings.clone(),
+            mechanism: plan.mechanism.clone(),
+            seed: plan.seed,
+            ..v1::Injection::default()
+        };
+        Self::new(shared, fault.kind(), target, plan.undo.clone(), injection)
+    }
+
+    fn left_over(shared: Arc<Shared>, kind: Kind, record: Record) -> Arc<Self> {
+        let injection = v1::Injection {
+            id: record.id,
+            kind: kind.name.to_owned(),
+            target: Some((&record.target).into()),
+            state: State::Stuck.into(),
+            summary: "left by an earlier agent".to_owned(),
+            ..v1::Injection::default()
+        };
+        Self::new(shared, kind, record.target, record.undo, injection)
+    }
+
+    fn new(
+        shared: Arc<Shared>,
+        kind: Kind,
+        target: Target,
+        undo: Value,
+        injection: v1::Injection,
+    ) -> Arc<Self> {
+        let status = watch::Sender::new(Status { injection, failures: 0 });
+        Arc::new(Self { shared, kind, target, undo, status, retry: Notify::new() })
+    }
+
+    /// How it stands now.
+    fn injection(&self) -> v1::Injection {
+        let mut injection = self.status.borrow().injection.clone();
+        injection.now_boot_ns = BootTime::now().0;
+        injection
+    }
+
+    fn id(&self) -> String {
+        self.status.borrow().injection.id.clone()
+    }
+
+    /// Waits until a condition holds, or for as long as a caller is expected to wait; says how things stand then.
+    async fn wait(&self, condition: impl FnMut(&Status) -> bool) -> v1::Injection {
+        let mut status = self.status.subscribe();
+        let _patience_over = timeout(PATIENCE, status.wait_for(condition)).await;
+        self.injection()
+    }
+
+    /// Changes what is known of it, and tells everyone.
+    fn set(&self, change: impl FnOnce(&mut v1::Injection)) {
+        self.status.send_modify(|status| change(&mut status.injection));
+        let _nobody_listens = self.shared.changes.send(self.injection());
+    }
+
+    fn end(&self, state: State, reason: &str) {
+        info!(id = self.id(), kind = self.kind.name, target = %self.target, reason, state = state.as_str_name(), "ended");
+        METRICS.ended(self.kind.name, state);
+        self.set(|i| {
+            i.state = state.into();
+            reason.clone_into(&mut i.reason);
+        });
+    }
+
+    /// Takes it back. Where that fails it is stuck, and this says false.
+    async fn try_revert(&self, why: &str) -> bool {
+        let started = Instant::now();
+        let reverted = AssertUnwindSafe(self.kind.revert(self.undo.clone())).catch_unwind().await;
+        let reverted = reverted.unwrap_or_else(|_| Err(anyhow::anyhow!("the revert panicked")));
+        METRICS.revert(self.kind.name, started.elapsed(), reverted.is_ok());
+        if let Err(e) = reverted {
+            error!(id = self.id(), kind = self.kind.name, target = %self.target, error = format!("{e:#}"), "revert failed; it is retried");
+            self.status.send_modify(|s| s.failures += 1);
+            self.set(|i| {
+                i.state = State::Stuck.into();
+                i.reason = format!("{why}, but the revert failed: {e:#}");
+            });
+            return false;
+        }
+        // Reverted is reverted: a record that cannot be removed is replayed once more at the next start.
+        if let Err(e) = self.shared.journal.remove(&self.id()) {
+            error!(id = self.id(), error = format!("{e:#}"), "reverted, but its undo record stays");
+        }
+        self.end(State::Reverted, why);
+        true
+    }
+
+    /// Tries again, with growing pauses, until it is taken back.
+    async fn retry_revert(&self, why: &str) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let _time_or_asked = timeout(pause, self.retry.notified()).await;
+            if self.try_revert(why).await {
+                return;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn take_back(&self, why: &str) {
+        if !self.try_revert(why).await {
+            self.retry_revert(why).await;
+        }
+    }
+}
+
+/// The life of one injection.
+struct Task {
+    core: Arc<Core>,
+    fault: AnyFault,
+    duration: Duration,
+    lease: Duration,
+    commands: mpsc::Receiver<Command>,
+}
+
+impl Task {
+    /// Lives, and if that panics, takes back what was injected.
+    async fn supervise(self) {
+        let core = Arc::clone(&self.core);
+        if AssertUnwindSafe(self.live()).catch_unwind().await.is_err() {
+            error!(id = core.id(), "the task of this injection panicked");
+            core.take_back("a bug in the agent ended it").await;
+        }
+    }
+
+    async fn live(mut self) {
+        if !self.fired().await {
+            return;
+        }
+        let Some(mut held) = self.inject().await else { return };
+        let why = self.hold(&mut held).await;
+        self.measure(&mut held).await;
+        drop(held);
+        self.core.take_back(why).await;
+    }
+
+    /// Waits to be fired. False: it ended before.
+    async fn fired(&mut self) -> bool {
+        let expiry = BootTime::now() + self.lease;
+        loop {
+            let ended = tokio::select! {
+                biased;
+                command = self.commands.recv() => match command {
+                    Some(Command::Fire) => return true,
+                    Some(Command::Renew(reply)) => {
+                        let _gone = reply.send(false);
+                        continue;
+                    }
+                    Some(Command::Update(_, _) | Command::Observe(_)) => continue,
+                    Some(Command::Revert(why)) => why,
+                    None => "the agent stopped",
+                },
+                () = sleep_until(expiry) => "it was armed, but never fired",
+            };
+            self.core.end(State::Reverted, ended);
+            return false;
+        }
+    }
+
+    /// Journal first, then the kernel.
+    async fn inject(&mut self) -> Option<AnyHeld> {
+        let core = Arc::clone(&self.core);
+        let record = Record {
+            id: core.id(),
+            kind: core.kind.name.to_owned(),
+            target: core.target.clone(),
+            undo: core.undo.clone(),
+            created: BootTime::now(),
+            boot_id: core.shared.boot_id.clone(),
+        };
+        let shared = Arc::clone(&core.shared);
+        let written = tokio::task::spawn_blocking(move || shared.journal.write(&record)).await;
+        if let Err(e) = written.context("write the journal").flatten() {
+            core.end(State::Failed, &format!("{e:#}"));
+            return None;
+        }
+        let now = BootTime::now();
+        let (deadline, lease_ends) = (now + self.duration, now + self.lease);
+        let window = Window { not_before: now, until: deadline.min(lease_ends) };
+        match self.fault.inject(&core.target, &core.undo, window).await {
+            Ok(held) => {
+                info!(id = core.id(), kind = core.kind.name, target = %core.target, summary = self.fault.summary(), "injected");
+                core.set(|i| {
+                    i.state = State::Active.into();
+                    i.fired_boot_ns = now.0;
+                    i.ends_boot_ns = deadline.0;
+                    i.lease_ends_boot_ns = lease_ends.0;
+                });
+                Some(held)
+            }
+            Err(e) => {
+                warn!(id = core.id(), kind = core.kind.name, error = format!("{e:#}"), "inject failed");
+                let why = format!("inject failed: {e:#}");
+                core.take_back(&why).await;
+                core.set(|i| i.state = State::Failed.into());
+                None
+            }
+        }
+    }
+
+    /// Holds it until something ends it; says what.
+    async fn hold(&mut self, held: &mut AnyHeld) -> &'static str {
+        let mut look = tokio::time::interval(ALIVE_EVERY);
+        loop {
+            let (deadline, lease_ends) = {
+                let status = self.core.status.borrow();
+                (BootTime(status.injection.ends_boot_ns), BootTime(status.injection.lease_ends_boot_ns))
+            };
+            tokio::select! {
+                biased;
+                command = self.commands.recv() => match command {
+                    Some(Command::Revert(why)) => return why,
+                    None => return "the agent stopped",
+                    Some(Command::Fire) => {}
+                    Some(Command::Renew(reply)) => {
+                        let renewed = self.renew(held, deadline).await;
+                        let _gone = reply.send(renewed);
+                    }
+                    Some(Command::Update(fault, reply)) => {
+                        let updated = held.update(&fault).await;
+                        if updated.is_ok() {
+                            self.core.set(|i| i.summary = fault.summary());
+                            self.fault = fault;
+                        }
+                        let _gone = reply.send(updated);
+                    }
+                    Some(Command::Observe(reply)) => {
+                        self.measure(held).await;
+                        let _gone = reply.send(());
+                    }
+                },
+                () = sleep_until(deadline) => return "its time was up",
+                () = sleep_until(lease_ends) => return "its lease was not renewed",
+                _ = look.tick() => if !self.core.target.alive() {
+                    return "its target is gone";
+                },
+            }
+        }
+    }
+
+    async fn renew(&self, held: &mut AnyHeld, deadline: BootTime) -> bool {
+        let lease_ends = BootTime::now() + self.lease;
+        if let Err(e) = held.extend(lease_ends.min(deadline)).await {
+            warn!(id = self.core.id(), error = format!("{e:#}"), "a lease could not be renewed");
+            return false;
+        }
+        self.core.status.send_modify(|s| s.injection.lease_ends_boot_ns = lease_ends.0);
+        true
+    }
+
+    async fn measure(&self, held: &mut AnyHeld) {
+        match held.effect().await {
+            Ok(effect) => self.core.status.send_modify(|s| s.injection.effect = Some(effect)),
+            Err(e) => {
+                warn!(id = self.core.id(), error = format!("{e:#}"), "the effect could not be measured")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! The order of things, with a fault that only writes down what is asked of it.
+
+    use std::{
+        path::PathBuf,
+        process::{Child, Command as Program},
+        sync::LazyLock,
+    };
+
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+    use crate::{
+        fault::Fault,
+        target::{Process, Scope},
+    };
+
+    type Log = Arc<Mutex<Vec<String>>>;
+
+    /// Worlds by name: an undo record is plain data, so it can only name its world.
+    static WORLDS: LazyLock<Mutex<BTreeMap<String, World>>> = LazyLock::new(Mutex::default);
+
+    #[derive(Clone, Default)]
+    struct World {
+        log: Log,
+        journal: PathBuf,
+        failing_reverts: Arc<Mutex<u32>>,
+    }
+
+    #[derive(Clone)]
+    struct Fake {
+        world: String,
+        fails: Option<&'static str>,
+        level: u32,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Undo(String);
+
+    struct Held(String);
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            note(&self.0, "dropped");
+        }
+    }
+
+    fn world(name: &str) -> World {
+        WORLDS.lock().unwrap().get(name).unwrap().clone()
+    }
+
+    fn note(name: &str, what: &str) {
+        world(name).log.lock().unwrap().push(what.to_owned());
+    }
+
+    impl Fault for Fake {
+        const KIND: &'static str = "fake";
+        const SCOPE: Scope = Scope::Process;
+        type Undo = Undo;
+        type Held = Held;
+        type Proto = ();
+
+        fn parse((): ()) -> Result<Self, Invalid> {
+            Err(Invalid::new("fake", "", "has no message", "build it"))
+        }
+
+        fn check(&self, _: &Target, _: &Limits) -> Result<(), Invalid> {
+            if self.level > 100 {
+                return Err(Invalid::new("fake.level", self.level, "too much", "at most 100"));
+            }
+            Ok(())
+        }
+
+        fn summary(&self) -> String {
+            format!("level {}", self.level)
+        }
+
+        async fn plan(&self, _: &Target) -> Result<Planned<Undo>> {
+            let undo = Undo(self.world.clone());
+            Ok(Planned { undo, changes: vec![], warnings: vec![], mechanism: "fake".into(), seed: 0 })
+        }
+
+        async fn inject(&self, _: &Target, undo: &Undo, _: Window) -> Result<Held> {
+            let records = std::fs::read_dir(world(&undo.0).journal).unwrap().count();
+            note(&undo.0, &format!("inject with {records} records"));
+            match self.fails {
+                Some("panic") => panic!("asked to"),
+                Some(why) => anyhow::bail!(why),
+                None => Ok(Held(undo.0.clone())),
+            }
+        }
+
+        async fn update(&self, held: &mut Held) -> Result<()> {
+            note(&held.0, &format!("update {}", self.level));
+            Ok(())
+        }
+
+        async fn extend(held: &mut Held, _: BootTime) -> Result<()> {
+            note(&held.0, "extend");
+            Ok(())
+        }
+
+        async fn effect(_: &mut Held) -> Result<v1::Effect> {
+            Ok(v1::Effect { bit: true, figures: vec![] })
+        }
+
+        async fn revert(undo: &Undo) -> Result<()> {
+            note(&undo.0, "revert");
+            let world = world(&undo.0);
+            let mut failing = world.failing_reverts.lock().unwrap();
+            if *failing > 0 {
+                *failing -= 1;
+                anyhow::bail!("not yet");
+            }
+            Ok(())
+        }
+
+        async fn describe() -> v1::FaultSupport {
+            v1::FaultSupport::default()
+        }
+    }
+
+    struct Bench {
+        name: String,
+        dir: tempfile::TempDir,
+        engine: Engine,
+        victim: Child,
+    }
+
+    impl Bench {
+        fn new(name: &str) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let world = World { journal: dir.path().join("journal"), ..World::default() };
+            WORLDS.lock().unwrap().insert(name.to_owned(), world);
+            let engine = Engine::new(Journal::open(dir.path()).unwrap(), Limits::default()).unwrap();
+            let victim = Program::new("sleep").arg("60").spawn().unwrap();
+            Self { name: name.to_owned(), dir, engine, victim }
+        }
+
+        fn target(&self) -> Target {
+            let pid = self.victim.id() as i32;
+            let start_time = procfs::process::Process::new(pid).unwrap().stat().unwrap().starttime;
+            Target {
+                name: "sleep".into(),
+                process: Some(Process { pid, start_time }),
+                cgroup: None,
+                netns: None,
+                interface: None,
+            }
+        }
+
+        fn fake(&self) -> Fake {
+            Fake { world: self.name.clone(), fails: None, level: 1 }
+        }
+
+        fn order(&self, id: &str, fake: Fake) -> Order {
+            Order {
+                id: id.into(),
+                targets: vec![self.target()],
+                faults: vec![AnyFault::of(fake)],
+                duration: Duration::from_secs(60),
+                lease: Duration::from_secs(60),
+                dry_run: false,
+            }
+        }
+
+        async fn inject(&self, order: Order) -> v1::Injection {
+            let id = order.id.clone();
+            self.engine.arm(order).await.unwrap();
+            self.engine.fire(&[id]).await.unwrap().remove(0)
+        }
+
+        fn log(&self) -> Vec<String> {
+            world(&self.name).log.lock().unwrap().clone()
+        }
+
+        fn records(&self) -> usize {
+            std::fs::read_dir(self.dir.path().join("journal")).unwrap().count()
+        }
+
+        async fn ended(&self, id: &str) -> v1::Injection {
+            let (core, _) = self.engine.entries(&[id.to_owned()]).unwrap().remove(0);
+            core.wait(Status::ended).await
+        }
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            self.victim.kill().unwrap();
+            self.victim.wait().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_record_is_on_disk_before_inject_and_gone_after_revert() {
+        let bench = Bench::new("order");
+        let injection = bench.inject(bench.order("a", bench.fake())).await;
+        assert_eq!(injection.state(), State::Active);
+        assert!(injection.ends_boot_ns > injection.fired_boot_ns);
+        let reverted = bench.engine.revert(&["a".into()], "asked").await.unwrap().remove(0);
+        assert_eq!((reverted.state(), reverted.reason.as_str()), (State::Reverted, "asked"));
+        assert!(reverted.effect.unwrap().bit, "the effect is measured once more before the end");
+        assert_eq!(bench.log(), ["inject with 1 records", "dropped", "revert"]);
+        assert_eq!(bench.records(), 0);
+        bench.engine.revert(&["a".into()], "again").await.unwrap();
+        assert_eq!(bench.log().len(), 3, "reverting twice does nothing more");
+    }
+
+    #[tokio::test]
+    async fn arming_changes_nothing_and_expires() {
+        let bench = Bench::new("expire");
+        let order = Order { lease: Duration::from_millis(50), ..bench.order("a", bench.fake()) };
+        bench.engine.arm(order).await.unwrap();
+        assert_eq!(bench.records(), 0);
+        assert_eq!(bench.ended("a").await.reason, "it was armed, but never fired");
+        assert!(bench.log().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_dry_run_keeps_nothing() {
+        let bench = Bench::new("dry");
+        let order = Order { dry_run: true, ..bench.order("a", bench.fake()) };
+        assert_eq!(bench.engine.arm(order).await.unwrap().len(), 1);
+        assert!(bench.engine.list().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_is_not_renewed_ends_it_and_one_that_is_does_not() {
+        let bench = Bench::new("lease");
+        let order = Order { lease: Duration::from_millis(300), ..bench.order("a", bench.fake()) };
+        let first = bench.inject(order).await;
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            assert!(bench.engine.renew(&["a".into()]).await.is_empty());
+        }
+        let renewed = bench.engine.list().remove(0);
+        assert!(renewed.lease_ends_boot_ns > first.lease_ends_boot_ns);
+        assert_eq!(renewed.state(), State::Active);
+        assert_eq!(bench.ended("a").await.reason, "its lease was not renewed");
+        assert_eq!(bench.engine.renew(&["a".into(), "none".into()]).await, ["a", "none"]);
+        assert_eq!(bench.records(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_deadline_ends_it_however_often_it_is_renewed() {
+        let bench = Bench::new("deadline");
+        let order = Order { duration: Duration::from_millis(200), ..bench.order("a", bench.fake()) };
+        bench.inject(order).await;
+        bench.engine.renew(&["a".into()]).await;
+        assert_eq!(bench.ended("a").await.reason, "its time was up");
+    }
+
+    #[tokio::test]
+    async fn a_target_that_dies_ends_it() {
+        let mut bench = Bench::new("death");
+        bench.inject(bench.order("a", bench.fake())).await;
+        bench.victim.kill().unwrap();
+        bench.victim.wait().unwrap();
+        assert_eq!(bench.ended("a").await.reason, "its target is gone");
+        assert_eq!(bench.records(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_inject_that_fails_or_panics_is_taken_back() {
+        let bench = Bench::new("failing");
+        let failed =
+            bench.inject(bench.order("a", Fake { fails: Some("no such qdisc"), ..bench.fake() })).await;
+        assert!(failed.reason.contains("no such qdisc"), "{}", failed.reason);
+        bench.inject(bench.order("b", Fake { fails: Some("panic"), ..bench.fake() })).await;
+        bench.ended("b").await;
+        let log = ["inject with 1 records", "revert", "inject with 1 records", "revert"];
+        assert_eq!(bench.log(), log);
+        assert_eq!(bench.records(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_revert_that_fails_is_kept_retried_and_blocks_its_target() {
+        let bench = Bench::new("stuck");
+        *world("stuck").failing_reverts.lock().unwrap() = 3;
+        bench.inject(bench.order("a", bench.fake())).await;
+        let stuck = bench.engine.revert(&["a".into()], "asked").await.unwrap().remove(0);
+        assert_eq!(stuck.state(), State::Stuck);
+        assert!(stuck.reason.contains("not yet"), "{}", stuck.reason);
+        assert_eq!(bench.records(), 1);
+        let refused = bench.engine.arm(bench.order("b", bench.fake())).await.unwrap_err();
+        assert!(refused.to_string().contains("revert a first"), "{refused}");
+        assert_eq!(bench.ended("a").await.state(), State::Reverted);
+        assert_eq!(bench.records(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_next_agent_takes_back_what_a_dead_one_left_newest_first() {
+        let bench = Bench::new("replay");
+        let journal = &bench.engine.0.journal;
+        for (n, boot_id) in [(1, &bench.engine.0.boot_id), (2, &"another boot".to_owned())] {
+            let undo = serde_json::to_value(Undo("replay".into())).unwrap();
+            let (kind, target, boot_id) = ("fake".to_owned(), bench.target(), boot_id.clone());
+            let record = Record { id: format!("old{n}"), kind, target, undo, created: BootTime(n), boot_id };
+            journal.write(&record).unwrap();
+        }
+        bench.engine.replay(&[Kind::of::<Fake>()]).await.unwrap();
+        assert_eq!(bench.log(), ["revert"], "only what this boot made");
+        assert_eq!(bench.records(), 0);
+        assert_eq!(bench.engine.list().remove(0).state(), State::Reverted);
+    }
+
+    #[tokio::test]
+    async fn the_same_order_twice_is_one_injection_and_another_order_is_refused() {
+        let bench = Bench::new("twice");
+        bench.inject(bench.order("a", bench.fake())).await;
+        let again = bench.inject(bench.order("a", bench.fake())).await;
+        assert_eq!(again.state(), State::Active);
+        assert_eq!(bench.log(), ["inject with 1 records"]);
+        let other = bench.engine.arm(bench.order("a", Fake { level: 2, ..bench.fake() })).await;
+        assert!(matches!(other, Err(EngineError::Conflict(_))));
+    }
+
+    #[tokio::test]
+    async fn an_update_is_in_place_and_checked() {
+        let bench = Bench::new("update");
+        bench.inject(bench.order("a", bench.fake())).await;
+        let stronger = |level| AnyFault::of(Fake { level, ..bench.fake() });
+        let updated = bench.engine.update("a", stronger(7)).await.unwrap();
+        assert_eq!((updated.summary.as_str(), updated.state()), ("level 7", State::Active));
+        assert!(matches!(bench.engine.update("a", stronger(101)).await, Err(EngineError::Invalid(_))));
+        assert_eq!(bench.log(), ["inject with 1 records", "update 7"]);
+    }
+
+    #[tokio::test]
+    async fn limits_and_bad_orders_are_refused() {
+        let bench = Bench::new("limits");
+        let bad = [
+            Order { duration: Duration::ZERO, ..bench.order("a", bench.fake()) },
+            Order { duration: Duration::from_secs(1_000_000), ..bench.order("a", bench.fake()) },
+            bench.order("../a", bench.fake()),
+            bench.order("a", Fake { level: 101, ..bench.fake() }),
+        ];
+        for order in bad {
+            assert!(matches!(bench.engine.arm(order).await, Err(EngineError::Invalid(_))));
+        }
+        for n in 0..32 {
+            bench.engine.arm(bench.order(&format!("n{n}"), bench.fake())).await.unwrap();
+        }
+        let full = bench.engine.arm(bench.order("more", bench.fake())).await;
+        assert!(matches!(full, Err(EngineError::Full(32))));
+        assert!(bench.engine.drain("asked").await.is_empty());
+        bench.engine.arm(bench.order("more", bench.fake())).await.unwrap();
+    }
+}

@@ -1,0 +1,152 @@
+//! Processes, read from /proc. A process that vanishes while it is read is no error: it is gone.
+
+use std::{
+    ffi::OsStr,
+    fs, io,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
+
+use procfs::{FromRead, process::Stat};
+
+/// `argv[0]` of the stressor, and its name in `ps`.
+pub const STRESSOR: &str = "squall-stress";
+
+/// The argument that ties a stressor to its injection: `--injection=TOKEN`.
+pub const INJECTION_ARGUMENT: &str = "--injection=";
+
+/// `PF_KTHREAD` [include/linux/sched.h, 6.1].
+const PF_KTHREAD: u32 = 0x0020_0000;
+
+/// Every process of this pid namespace, kernel threads included, ascending.
+pub fn pids() -> io::Result<Vec<i32>> {
+    let mut pids: Vec<i32> =
+        fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    Ok(pids)
+}
+
+/// /proc/PID/stat, while the process has not ended: none for a zombie, and for one that is gone.
+pub fn stat(pid: i32) -> Option<Stat> {
+    any_stat(pid).filter(|stat| !matches!(stat.state, 'Z' | 'X' | 'x'))
+}
+
+/// /proc/PID/stat, also of a process that has ended and was not waited for.
+pub fn any_stat(pid: i32) -> Option<Stat> {
+    Stat::from_file(format!("/proc/{pid}/stat")).ok()
+}
+
+/// Whether a thread of the kernel's own.
+pub fn is_kernel_thread(stat: &Stat) -> bool {
+    stat.flags & PF_KTHREAD != 0
+}
+
+/// The executable, by the path it was started from; none for kernel threads, zombies, and without the right to look.
+///
+/// The kernel marks a file that was replaced or removed since (an upgrade) with " (deleted)"; the mark is taken off
+/// [fs/d_path.c, 6.1].
+pub fn exe(pid: i32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok().map(|path| undelete(&path))
+}
+
+fn undelete(path: &Path) -> PathBuf {
+    let bytes = path.as_os_str().as_bytes();
+    PathBuf::from(OsStr::from_bytes(bytes.strip_suffix(b" (deleted)").unwrap_or(bytes)))
+}
+
+/// The arguments; empty for kernel threads, zombies and the dying.
+pub fn arguments(pid: i32) -> Vec<String> {
+    fs::read(format!("/proc/{pid}/cmdline")).map(|bytes| split_arguments(&bytes)).unwrap_or_default()
+}
+
+fn split_arguments(bytes: &[u8]) -> Vec<String> {
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    if bytes.is_empty() {
+        return Vec::new();
+    }
+    bytes.split(|byte| *byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
+}
+
+/// The token of the injection a stressor works for, where these are the arguments of a stressor.
+pub fn injection_of(arguments: &[String]) -> Option<&str> {
+    if arguments.first().map(String::as_str) != Some(STRESSOR) {
+        return None;
+    }
+    arguments.iter().find_map(|argument| argument.strip_prefix(INJECTION_ARGUMENT))
+}
+
+/// The parent of a process, its parent, and so on.
+pub fn ancestors(pid: i32) -> Vec<i32> {
+    let mut line = Vec::new();
+    let mut next = any_stat(pid).map_or(0, |stat| stat.ppid);
+    while next > 0 && !line.contains(&next) {
+        line.push(next);
+        next = any_stat(next).map_or(0, |stat| stat.ppid);
+    }
+    line
+}
+
+/// What /proc/PID/cgroup says.
+pub fn cgroups(pid: i32) -> Option<procfs::ProcessCGroups> {
+    procfs::FromBufRead::from_buf_read(io::BufReader::new(
+        fs::File::open(format!("/proc/{pid}/cgroup")).ok()?,
+    ))
+    .ok()
+}
+
+/// Open file descriptors; none without the right to look.
+pub fn descriptors(pid: i32) -> Option<u64> {
+    procfs::process::Process::new(pid).ok()?.fd_count().ok().map(|count| count as u64)
+}
+
+/// Resident memory, bytes. From statm, which is exact from 6.16 on (`get_mm_counter_sum` in fs/proc/task_mmu.c); stat
+/// leaves out what is still counted per CPU.
+pub fn resident(pid: i32) -> Option<u64> {
+    let memory = procfs::process::StatM::from_file(format!("/proc/{pid}/statm")).ok()?;
+    Some(memory.resident * procfs::page_size())
+}
+
+/// The CPUs a process may run on, ascending.
+pub fn allowed_cpus(pid: i32) -> Option<Vec<usize>> {
+    let bytes = fs::read(format!("/proc/{pid}/status")).ok()?;
+    let status = String::from_utf8_lossy(&bytes); // a process may call itself anything
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    super::cgroup::parse_cpus(list.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executable_that_was_replaced_keeps_its_name() {
+        assert_eq!(undelete(Path::new("/opt/a b/recommender (deleted)")), Path::new("/opt/a b/recommender"));
+        assert_eq!(undelete(Path::new("/opt/recommender")), Path::new("/opt/recommender"));
+    }
+
+    #[test]
+    fn arguments_are_split_at_nul_and_may_be_empty() {
+        assert_eq!(split_arguments(b"redis\0--port\0\x006379\0"), ["redis", "--port", "", "6379"]);
+        assert_eq!(split_arguments(b""), [""; 0]);
+    }
+
+    #[test]
+    fn only_a_stressor_has_an_injection() {
+        let arguments = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(injection_of(&arguments("squall-stress stress cpu --injection=ab12")), Some("ab12"));
+        assert_eq!(injection_of(&arguments("grep --injection=ab12")), None);
+        assert_eq!(injection_of(&[]), None);
+    }
+
+    #[test]
+    fn this_process_can_be_read() {
+        let pid = std::process::id() as i32;
+        let stat = stat(pid).expect("this process runs");
+        assert!(stat.starttime > 0 && !is_kernel_thread(&stat));
+        assert!(pids().expect("/proc is readable").contains(&pid));
+        assert!(ancestors(pid).contains(&stat.ppid));
+        assert!(descriptors(pid).expect("own descriptors") >= 3);
+        assert!(!allowed_cpus(pid).expect("own CPUs").is_empty());
+        assert_eq!(exe(pid), std::env::current_exe().ok());
+    }
+}

@@ -1,0 +1,105 @@
+//! What the agent tells Prometheus. Few labels, never an id.
+
+use std::{net::SocketAddr, sync::LazyLock, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use axum::{Router, extract::State, http::header, routing::get};
+use prometheus::{
+    Encoder, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, TextEncoder, register_histogram_vec,
+    register_int_counter, register_int_counter_vec, register_int_gauge_vec,
+};
+use squall_proto::v1::{self, Injection};
+
+use crate::engine::Engine;
+
+/// All metrics of this process.
+pub static METRICS: LazyLock<Metrics> =
+    LazyLock::new(|| Metrics::register().expect("metric names are unique"));
+
+/// The metrics.
+pub struct Metrics {
+    /// Undo records that were set aside.
+    pub unreadable_records: IntCounter,
+    injections: IntGaugeVec,
+    ended: IntCounterVec,
+    failed_reverts: IntCounterVec,
+    revert_seconds: HistogramVec,
+}
+
+impl Metrics {
+    fn register() -> prometheus::Result<Self> {
+        let info = register_int_gauge_vec!("squall_agent_info", "Always 1; what runs here.", &["version"])?;
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Ok(Self {
+            unreadable_records: register_int_counter!(
+                "squall_journal_unreadable_records_total",
+                "Undo records that could not be read and were set aside."
+            )?,
+            injections: register_int_gauge_vec!(
+                "squall_injections",
+                "Injections known now.",
+                &["kind", "state"]
+            )?,
+            ended: register_int_counter_vec!(
+                "squall_injections_ended_total",
+                "Injections that ended.",
+                &["kind", "state"]
+            )?,
+            failed_reverts: register_int_counter_vec!(
+                "squall_reverts_failed_total",
+                "Attempts to revert that failed; each is tried again.",
+                &["kind"]
+            )?,
+            revert_seconds: register_histogram_vec!(
+                "squall_revert_duration_seconds",
+                "Time that reverts took.",
+                &["kind"],
+                vec![0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+            )?,
+        })
+    }
+
+    /// An injection is over.
+    pub fn ended(&self, kind: &str, state: v1::State) {
+        self.ended.with_label_values(&[kind, state.as_str_name()]).inc();
+    }
+
+    /// What the injections are doing now.
+    fn count(&self, injections: &[Injection]) {
+        self.injections.reset();
+        for injection in injections {
+            self.injections
+                .with_label_values(&[injection.kind.as_str(), injection.state().as_str_name()])
+                .inc();
+        }
+    }
+
+    /// A revert was tried.
+    pub fn revert(&self, kind: &str, took: Duration, succeeded: bool) {
+        self.revert_seconds.with_label_values(&[kind]).observe(took.as_secs_f64());
+        if !succeeded {
+            self.failed_reverts.with_label_values(&[kind]).inc();
+        }
+    }
+}
+
+/// Serves `/metrics`, on loopback only: there is no authentication here.
+pub async fn serve(address: SocketAddr, engine: Engine) -> Result<()> {
+    ensure!(
+        address.ip().is_loopback(),
+        "--metrics {address}: not a loopback address; give 127.0.0.1:PORT or off"
+    );
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .with_context(|| format!("--metrics {address}: cannot listen there; give another port, or off"))?;
+    let app = Router::new().route("/metrics", get(text)).with_state(engine);
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    Ok(())
+}
+
+async fn text(State(engine): State<Engine>) -> ([(header::HeaderName, &'static str); 1], Vec<u8>) {
+    METRICS.count(&engine.list());
+    let mut body = Vec::new();
+    TextEncoder::new().encode(&prometheus::gather(), &mut body).expect("a Vec takes every byte");
+    ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], body)
+}
