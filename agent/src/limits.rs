@@ -63,7 +63,12 @@ impl Limits {
     pub fn check_times(&self, duration: Duration, lease: Duration) -> Result<(), Invalid> {
         let within = |field: &str, value: Duration, most: Duration| {
             if value.is_zero() {
-                return Err(Invalid::new(field, "0s", "there is no \"forever\"", "say how long, for example 30s"));
+                return Err(Invalid::new(
+                    field,
+                    "0s",
+                    "there is no \"forever\"",
+                    "say how long, for example 30s",
+                ));
             }
             if value > most {
                 let fix = format!("ask for at most {most:?}, or start the agent with a larger limit");

@@ -4,7 +4,11 @@
 
 /// Version 1 of the protocol.
 #[expect(missing_docs, reason = "generated; the documentation is in the .proto file")]
-#[allow(clippy::pedantic, unused_qualifications, reason = "generated code; what it triggers varies by generator")]
+#[allow(
+    clippy::pedantic,
+    unused_qualifications,
+    reason = "generated code; what it triggers varies by generator"
+)]
 pub mod v1 {
     tonic::include_proto!("squall.v1");
 }
