@@ -1,1 +1,14 @@
-//! Stub.
+//! What the privileged tests share: a lab of two namespaces, and a real agent beside it.
+//!
+//! These tests need root and the release binaries; `cargo xtask test` sees to both. They never skip: where the kernel
+//! lacks something a test needs, that test fails, or checks that the agent says so.
+
+mod agent;
+mod lab;
+
+pub use agent::{Agent, AgentOptions};
+pub use lab::Lab;
+pub use squall_lab::{
+    Cgroup, HostState, NetState, Netns, Ping, Running, Shop, ShopOptions, Stream, Wire, bin_dir, need_root,
+    output, run, stdout, sweep, unique, wait_for,
+};

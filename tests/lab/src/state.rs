@@ -1,0 +1,188 @@
+//! What a host looks like, so that before and after can be compared.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{PREFIX, cgroup, stdout, sweep};
+
+/// Everything of a host that Squall could leave behind. What belongs to another lab that is still in use is left out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostState {
+    /// Names in /run/netns.
+    pub netns: BTreeSet<String>,
+    /// The host's own network namespace.
+    pub network: NetState,
+    /// Directories below /sys/fs/cgroup that have to do with Squall.
+    pub cgroups: BTreeSet<PathBuf>,
+    /// Everything in /sys/fs/bpf.
+    pub pins: BTreeSet<PathBuf>,
+    /// Processes of Squall's binaries: pid and path.
+    pub processes: BTreeSet<String>,
+}
+
+/// A network namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetState {
+    /// Name, kind, MTU and qdisc of each link.
+    pub links: BTreeSet<String>,
+    /// Device, kind, handle and parent of each qdisc.
+    pub qdiscs: BTreeSet<String>,
+    /// Filters at ingress and egress, as tc shows them.
+    pub filters: BTreeSet<String>,
+}
+
+impl HostState {
+    /// The host now. `binaries` is where the processes to look for were started from.
+    pub fn capture(binaries: &Path) -> Result<Self> {
+        let foreign = |name: &str| sweep::in_use_by_another(name);
+        let netns = names(Path::new("/run/netns"))?.into_iter().filter(|name| !foreign(name)).collect();
+        let mut cgroups = BTreeSet::new();
+        walk(Path::new(cgroup::ROOT), &mut |dir| {
+            let of_squall = |part: &std::ffi::OsStr| part.to_string_lossy().starts_with(PREFIX);
+            let theirs = dir.iter().any(|part| foreign(&part.to_string_lossy()));
+            if dir.iter().any(of_squall) && !theirs {
+                cgroups.insert(dir.to_owned());
+            }
+        })?;
+        let mut pins = BTreeSet::new();
+        for pin in names(Path::new("/sys/fs/bpf"))? {
+            pins.insert(Path::new("/sys/fs/bpf").join(pin));
+        }
+        Ok(Self { netns, network: Self::network(None)?, cgroups, pins, processes: processes(binaries)? })
+    }
+
+    /// The network namespace of this name, or this process's own.
+    pub fn network(netns: Option<&str>) -> Result<NetState> {
+        let tool = |tool: &str, args: &[&str]| {
+            let mut command = Command::new(tool);
+            if let Some(netns) = netns {
+                command.args(["-n", netns]);
+            }
+            stdout(command.args(args))
+        };
+        let list = |text: String| -> Result<Vec<Value>> {
+            // iproute2 prints nothing at all where there is nothing to list.
+            if text.trim().is_empty() { Ok(Vec::new()) } else { Ok(serde_json::from_str(&text)?) }
+        };
+        let links = list(tool("ip", &["-j", "-d", "link", "show"])?).context("ip's links are not JSON")?;
+        let qdiscs = list(tool("tc", &["-j", "qdisc", "show"])?).context("tc's qdiscs are not JSON")?;
+        let mut filters = BTreeSet::new();
+        for qdisc in qdiscs.iter().filter(|q| matches!(q["kind"].as_str(), Some("clsact" | "ingress"))) {
+            let device = qdisc["dev"].as_str().unwrap_or_default();
+            for hook in ["ingress", "egress"] {
+                let shown = tool("tc", &["filter", "show", "dev", device, hook])?;
+                filters.extend(shown.lines().map(|line| format!("{device} {hook} {}", line.trim())));
+            }
+        }
+        Ok(NetState {
+            links: lines(&links, &["/ifname", "/linkinfo/info_kind", "/mtu", "/qdisc"]),
+            qdiscs: lines(&qdiscs, &["/dev", "/kind", "/handle", "/parent", "/root"]),
+            filters,
+        })
+    }
+
+    /// What differs afterwards, one line each: `+` is new, `-` is missing. Nothing, if all is as before.
+    #[must_use]
+    pub fn changes(&self, after: &Self) -> Vec<String> {
+        let mut found = self.network.changes(&after.network);
+        compare("namespace", &self.netns, &after.netns, &mut found);
+        compare("process", &self.processes, &after.processes, &mut found);
+        let text = |paths: &BTreeSet<PathBuf>| paths.iter().map(|p| p.display().to_string()).collect();
+        compare("cgroup", &text(&self.cgroups), &text(&after.cgroups), &mut found);
+        compare("BPF object", &text(&self.pins), &text(&after.pins), &mut found);
+        found
+    }
+}
+
+impl NetState {
+    /// What differs afterwards, one line each: `+` is new, `-` is missing.
+    #[must_use]
+    pub fn changes(&self, after: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        compare("link", &self.links, &after.links, &mut found);
+        compare("qdisc", &self.qdiscs, &after.qdiscs, &mut found);
+        compare("filter", &self.filters, &after.filters, &mut found);
+        found
+    }
+}
+
+fn compare(what: &str, before: &BTreeSet<String>, after: &BTreeSet<String>, found: &mut Vec<String>) {
+    found.extend(after.difference(before).map(|new| format!("+ {what} {new}")));
+    found.extend(before.difference(after).map(|missing| format!("- {what} {missing}")));
+}
+
+fn lines(list: &[Value], fields: &[&str]) -> BTreeSet<String> {
+    let line = |item: &Value| {
+        let parts = fields.iter().filter_map(|field| match item.pointer(field)? {
+            Value::String(text) => Some(text.clone()),
+            Value::Null => None,
+            other => Some(other.to_string()),
+        });
+        parts.collect::<Vec<_>>().join(" ")
+    };
+    list.iter().map(line).collect()
+}
+
+fn names(dir: &Path) -> Result<Vec<String>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e).with_context(|| format!("cannot list {}", dir.display())),
+    }
+}
+
+/// Calls `each` for every directory below `dir`. Cgroups come and go while we look.
+fn walk(dir: &Path, each: &mut impl FnMut(&Path)) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e).with_context(|| format!("cannot list {}", dir.display())),
+    };
+    for entry in entries {
+        let Ok(entry) = entry else { continue };
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            each(&entry.path());
+            walk(&entry.path(), each)?;
+        }
+    }
+    Ok(())
+}
+
+fn processes(binaries: &Path) -> Result<BTreeSet<String>> {
+    let binaries = fs::canonicalize(binaries).unwrap_or_else(|_| binaries.to_owned());
+    let mut found = BTreeSet::new();
+    for pid in names(Path::new("/proc"))?.into_iter().filter(|name| name.parse::<u32>().is_ok()) {
+        // Kernel threads and zombies have no executable; others may be gone by now.
+        let Ok(exe) = fs::read_link(format!("/proc/{pid}/exe")) else { continue };
+        let name = exe.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let ours = ["squall", "squall-agent", "recommender"].contains(&name.as_str());
+        if exe.parent() == Some(&binaries) && ours {
+            found.insert(format!("{pid} {}", exe.display()));
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(links: &[&str]) -> NetState {
+        let set = |items: &[&str]| items.iter().map(ToString::to_string).collect();
+        NetState { links: set(links), qdiscs: BTreeSet::new(), filters: BTreeSet::new() }
+    }
+
+    #[test]
+    fn both_what_is_new_and_what_is_missing_is_a_change() {
+        let changes = state(&["lo", "eth0"]).changes(&state(&["lo", "tap0"]));
+        assert_eq!(changes, ["+ link tap0", "- link eth0"]);
+        assert!(state(&["lo"]).changes(&state(&["lo"])).is_empty());
+    }
+}
