@@ -185,8 +185,25 @@ pub struct RoundOutline {
     pub recovery: f64,
     /// One line for each fault.
     pub faults: Vec<String>,
-    /// One line for each gate.
-    pub gates: Vec<String>,
+    /// Its gates.
+    pub gates: Vec<GateOutline>,
+}
+
+/// A gate as announced: what its [`Finding`] will be about, and where its limit line goes in a chart.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GateOutline {
+    /// Kind of gate, as in [`Finding::gate`].
+    pub gate: String,
+    /// What is judged, as in [`Finding::subject`].
+    pub subject: String,
+    /// Name of the probe it reads; of the target, for `oom`.
+    pub source: String,
+    /// 0.95 for p95; none where the gate reads no percentile.
+    pub percentile: Option<f64>,
+    /// The limit, in `unit`.
+    pub limit: f64,
+    /// Unit of the limit, as in [`Finding::unit`].
+    pub unit: String,
 }
 
 /// A probe as announced.

@@ -3,6 +3,7 @@
 mod event;
 mod fold;
 mod gate;
+mod outline;
 mod plan;
 mod probe;
 mod report;
