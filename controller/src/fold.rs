@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 
 use crate::event::{
-    Event, Figure, Finding, Injection, LoadBin, Node, Phase, ProbeOutline, RoundOutline, TargetSample, Verdict, What,
+    Event, Figure, Finding, Injection, LoadBin, Node, Phase, ProbeOutline, RoundOutline, TargetSample,
+    Verdict, What,
 };
 
 /// A run, as far as its events tell.
@@ -130,10 +131,12 @@ impl Run {
         self.now = self.now.max(at);
         match event.what.clone() {
             What::RunStarted { run, plan, version, started, squall, seed, rounds, probes } => {
-                (self.id, self.plan, self.version, self.squall, self.seed) = (run, plan, version, squall, seed);
+                (self.id, self.plan, self.version, self.squall, self.seed) =
+                    (run, plan, version, squall, seed);
                 self.started = Some(started);
                 self.rounds = rounds.into_iter().map(Round::announced).collect();
-                self.probes = probes.into_iter().map(|(name, outline)| (name, Probe::announced(outline))).collect();
+                self.probes =
+                    probes.into_iter().map(|(name, outline)| (name, Probe::announced(outline))).collect();
             }
             What::Node(node) => self.nodes.push(node),
             What::RoundStarted { .. } => {}
