@@ -1,11 +1,77 @@
 //! `squall`: runs plans of faults against agents and gives a verdict.
 
+mod agents;
+mod check;
+mod cli;
+mod commands;
 mod event;
+mod faults;
 mod fold;
 mod gate;
+mod inject;
 mod outline;
 mod plan;
 mod probe;
 mod report;
+mod signals;
+mod wrong;
 
-fn main() {}
+use std::{io::Write as _, process::ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser};
+
+use crate::cli::{Cli, Command, exit};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are no errors.
+            let code = if e.use_stderr() { exit::WRONG } else { exit::OK };
+            let _ = e.print();
+            return code.into();
+        }
+    };
+    // A panic must never look like a verdict: 101 is no code of ours. Its message is printed by the default hook.
+    let code = std::panic::catch_unwind(|| {
+        command(cli).unwrap_or_else(|e| {
+            let text = format!("{e:#}");
+            let _ = writeln!(std::io::stderr(), "squall: {}", text.trim_end());
+            wrong::exit_code(&e)
+        })
+    });
+    code.unwrap_or_else(|_| {
+        let _ = writeln!(
+            std::io::stderr(),
+            "squall: this is a bug in squall; what was injected ends by its lease"
+        );
+        exit::OURS
+    })
+    .into()
+}
+
+fn command(cli: Cli) -> Result<u8> {
+    if let Command::ExitCodes = cli.command {
+        let mut command = Cli::command();
+        let codes = command.find_subcommand_mut("exit-codes").and_then(|c| c.get_long_about().cloned());
+        commands::out(&format!("{}\n", codes.unwrap_or_default()));
+        return Ok(exit::OK);
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(async {
+        let common = &cli.common;
+        match &cli.command {
+            Command::Check { plan } => check::check(common, plan).await,
+            Command::Inject(what) => {
+                let mut signals = signals::follow()?;
+                inject::inject(common, what, &mut signals).await
+            }
+            Command::Status => commands::status(common).await,
+            Command::Revert { ids, all } => commands::revert(common, ids, *all).await,
+            Command::Nodes => commands::nodes(common).await,
+            Command::Run { .. } | Command::Report { .. } | Command::ExitCodes => Ok(exit::OURS),
+        }
+    })
+}

@@ -1,6 +1,33 @@
 //! A plan, parsed and checked. Past this module nothing in it can be invalid.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use squall_proto::v1;
+
+use crate::event::{ProbeOutline, RoundOutline};
+
+pub(crate) mod fault;
+mod read;
+mod tree;
+pub(crate) mod units;
+
+use self::fault::{percent, time};
+pub use self::tree::Invalid;
+
+/// Parses and checks the text of a plan.
+///
+/// # Errors
+///
+/// Everything that is wrong with it at once, each with line, column, field, and what to write instead. `file` is
+/// only named.
+pub fn parse(file: &Path, text: &str) -> Result<Plan, Invalid> {
+    let source = tree::Source::new(file, text);
+    let tree = source.parse()?;
+    match read::plan(&source.root(&tree)) {
+        Some(plan) if !source.has_problems() => Ok(plan),
+        _ => Err(source.invalid()),
+    }
+}
 
 /// A plan: what to break, how to watch, what must hold.
 #[derive(Debug, Clone, PartialEq)]
@@ -212,7 +239,7 @@ pub struct Fault {
     /// Name of the target.
     pub on: String,
     /// For the agent.
-    pub proto: squall_proto::v1::Fault,
+    pub proto: v1::Fault,
     /// One line for people.
     pub summary: String,
 }
@@ -258,3 +285,136 @@ pub enum Gate {
         within: f64,
     },
 }
+
+impl Target {
+    /// The selector for an agent; none for what no agent can get hold of.
+    #[must_use]
+    pub fn proto(&self) -> Option<v1::Target> {
+        let kind = match self {
+            Self::Process { pid, exe, cmdline } => v1::target::Kind::Process(v1::ProcessSelector {
+                pid: pid.unwrap_or(0),
+                exe: exe.clone().unwrap_or_default(),
+                cmdline: cmdline.clone().unwrap_or_default(),
+            }),
+            Self::Cgroup { path } => v1::target::Kind::Cgroup(v1::CgroupSelector { path: path.clone() }),
+            Self::Interface { name, netns } => v1::target::Kind::Interface(v1::InterfaceSelector {
+                name: name.clone(),
+                netns: netns.clone().unwrap_or_default(),
+            }),
+            Self::Address(_) => return None,
+        };
+        Some(v1::Target { kind: Some(kind) })
+    }
+}
+
+impl Measure {
+    /// As in a plan.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Threads => "threads",
+            Self::Fds => "fds",
+            Self::Rss => "rss",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+impl Probe {
+    /// As announced at the start of a run.
+    #[must_use]
+    pub fn outline(&self) -> ProbeOutline {
+        let (kind, summary, unit) = match self {
+            Self::Load(load) => {
+                let Load { method, url, rate, expect, .. } = load;
+                let within = time(expect.within);
+                ("load", format!("{method} {url} at {rate}/s, {} within {within}", expect.status), "seconds")
+            }
+            Self::Scrape(scrape) => {
+                let labels: Vec<String> = scrape.labels.iter().map(|(k, v)| format!("{k}={v:?}")).collect();
+                let labels =
+                    if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+                let every = time(scrape.every);
+                let unit = if scrape.metric.contains("_bytes") {
+                    "bytes"
+                } else if scrape.metric.contains("_seconds") {
+                    "seconds"
+                } else {
+                    "1"
+                };
+                ("scrape", format!("{}{labels} of {} every {every}", scrape.metric, scrape.url), unit)
+            }
+            Self::Agent { target, measure } => {
+                let unit = if *measure == Measure::Rss { "bytes" } else { "1" };
+                ("agent", format!("{} of {target}", measure.name()), unit)
+            }
+        };
+        ProbeOutline { kind: kind.into(), summary, unit: unit.into() }
+    }
+}
+
+impl Round {
+    /// As announced at the start of a run.
+    #[must_use]
+    pub fn outline(&self) -> RoundOutline {
+        RoundOutline {
+            name: self.name.clone(),
+            baseline: self.baseline.as_secs_f64(),
+            hold: self.hold.as_secs_f64(),
+            recovery: self.recovery.as_secs_f64(),
+            faults: self.faults.iter().map(|f| f.summary.clone()).collect(),
+            gates: self.gates.iter().map(Gate::outline).collect(),
+        }
+    }
+
+    /// The longest it can take.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.baseline + self.hold + self.recovery
+    }
+}
+
+impl Gate {
+    /// Its kind, as in a plan: `latency`.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Latency { .. } => "latency",
+            Self::Errors { .. } => "errors",
+            Self::Leak { .. } => "leak",
+            Self::Oom { .. } => "oom",
+            Self::Recovery { .. } => "recovery",
+        }
+    }
+
+    /// What it judges: `shoppers p95`, `recommender`.
+    #[must_use]
+    pub fn subject(&self) -> String {
+        match self {
+            Self::Latency { probe, percentile, .. } => {
+                format!("{probe} p{}", units::plain(percentile * 100.0))
+            }
+            Self::Errors { probe, .. } | Self::Leak { probe, .. } | Self::Recovery { probe, .. } => {
+                probe.clone()
+            }
+            Self::Oom { target, .. } => target.clone(),
+        }
+    }
+
+    /// One line: `latency: shoppers p95 ≤ 800ms`.
+    #[must_use]
+    pub fn outline(&self) -> String {
+        let seconds = |s: &f64| time(Duration::from_secs_f64(*s));
+        let limit = match self {
+            Self::Latency { limit, .. } => seconds(limit),
+            Self::Errors { limit, .. } => percent(*limit),
+            Self::Leak { limit, .. } => format!("{}/min", units::plain(*limit)),
+            Self::Oom { limit, .. } => format!("{limit} kills"),
+            Self::Recovery { within, .. } => seconds(within),
+        };
+        format!("{}: {} ≤ {limit}", self.kind(), self.subject())
+    }
+}
+
+#[cfg(test)]
+mod tests;

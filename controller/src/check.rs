@@ -1,0 +1,294 @@
+//! `squall check`: everything that can be known about a run before anything is changed.
+
+use std::{fmt::Write as _, path::Path, time::Duration};
+
+use anyhow::{Context, Result};
+use futures::future::join_all;
+use serde_json::{Value, json};
+use squall_proto::v1;
+
+use crate::{
+    agents::{Agent, Agents, Local},
+    cli::{Common, Output, exit},
+    commands::{counted, out, print_json},
+    faults::{Armed, LEASE, NotArmed, Order},
+    plan::{self, Plan, Target, fault::time},
+    wrong::Wrong,
+};
+
+/// A fault ends by itself this long after it should have been reverted.
+const MARGIN: Duration = LEASE;
+
+/// Reads a plan from its file.
+pub fn load(path: &Path) -> Result<(String, Plan)> {
+    let text =
+        std::fs::read_to_string(path).map_err(|e| Wrong(format!("cannot read {}: {e}", path.display())))?;
+    let plan = plan::parse(path, &text)?;
+    Ok((text, plan))
+}
+
+/// The faults of a round as orders. Ids start with `run`; seeds that the plan does not give come from `seed`.
+pub fn orders(plan: &Plan, round: usize, run: &str, seed: u64) -> Result<Vec<Order>> {
+    let of = &plan.rounds[round];
+    let order = |(n, fault): (usize, &plan::Fault)| {
+        let target =
+            plan.targets.get(&fault.on).and_then(Target::proto).context("a fault on no local target")?;
+        Ok(Order {
+            id: format!("{run}-{}-{}", round + 1, n + 1),
+            on: fault.on.clone(),
+            summary: fault.summary.clone(),
+            target,
+            fault: seeded(fault.proto.clone(), seed, round, n),
+            duration: of.hold + MARGIN,
+            lease: LEASE,
+        })
+    };
+    of.faults.iter().enumerate().map(order).collect()
+}
+
+/// Gives a fault that draws and has no seed one that depends on the run's, so that a run can be repeated.
+fn seeded(mut fault: v1::Fault, seed: u64, round: usize, n: usize) -> v1::Fault {
+    if let Some(v1::fault::Kind::Network(network)) = &mut fault.kind
+        && network.seed == 0
+    {
+        network.seed = mixed(seed, ((round as u64) << 32) | n as u64).max(1);
+    }
+    fault
+}
+
+/// The finalizer of splitmix64 (Steele, Lea, Flood 2014): neighbouring inputs give unrelated outputs.
+fn mixed(seed: u64, n: u64) -> u64 {
+    let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// What was found out about a plan.
+pub struct Checked {
+    /// Name of each local target, and what it resolves to by agent.
+    pub targets: Vec<(String, Vec<v1::Resolved>)>,
+    /// By round and fault: what would be injected, or why not.
+    pub faults: Vec<Vec<(Order, Result<Armed, NotArmed>)>>,
+}
+
+/// Resolves every target and arms every fault without keeping it. Fails only where an agent fails.
+pub async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Result<Checked> {
+    let local: Vec<(String, v1::Target)> =
+        plan.targets.iter().filter_map(|(name, t)| Some((name.clone(), t.proto()?))).collect();
+    let protos: Vec<v1::Target> = local.iter().map(|(_, t)| t.clone()).collect();
+    let mut targets: Vec<_> = local.into_iter().map(|(name, _)| (name, Vec::new())).collect();
+    for resolved in join_all(agents.iter().map(|a| a.resolve(protos.clone()))).await {
+        for (target, resolved) in targets.iter_mut().zip(resolved?) {
+            target.1.push(resolved);
+        }
+    }
+    let mut faults = Vec::new();
+    for round in 0..plan.rounds.len() {
+        let mut armed = Vec::new();
+        for order in orders(plan, round, run, seed)? {
+            let result = order.arm(agents, true).await;
+            if let Err(NotArmed::Call(e)) = result {
+                return Err(e.into());
+            }
+            armed.push((order, result));
+        }
+        faults.push(armed);
+    }
+    Ok(Checked { targets, faults })
+}
+
+impl Checked {
+    /// Everything that stands in the way of a run; empty where nothing does.
+    pub fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<String> {
+        let mut problems = Vec::new();
+        for (name, resolved) in &self.targets {
+            if resolved.iter().all(|r| r.targets.is_empty()) {
+                let why: Vec<String> =
+                    agents.iter().zip(resolved).map(|(a, r)| format!("{}: {}", a.node, r.error)).collect();
+                problems.push(format!("target `{name}` matches nothing: {}", why.join("; ")));
+            }
+        }
+        for (round, faults) in plan.rounds.iter().zip(&self.faults) {
+            for (order, armed) in faults {
+                if let Err(e) = armed {
+                    let missing =
+                        problems.iter().any(|p| p.starts_with(&format!("target `{}` matches", order.on)));
+                    // Said once already.
+                    if !missing {
+                        problems.push(format!("round {}: {e}", round.name));
+                    }
+                }
+            }
+        }
+        problems
+    }
+}
+
+/// `squall check`.
+pub async fn check(common: &Common, path: &Path) -> Result<u8> {
+    let (_, plan) = load(path)?;
+    let agents = Agents::connect(&common.agents, Local::Start).await?;
+    let checked = dry_run(&plan, &agents.list, "check", plan.seed.unwrap_or(1)).await;
+    let checked = match checked {
+        Ok(checked) => checked,
+        Err(e) => {
+            agents.stop().await?;
+            return Err(e);
+        }
+    };
+    let problems = checked.problems(&agents.list, &plan);
+    match common.output {
+        Output::Json => print_json(&as_json(&plan, &agents.list, &checked, &problems)),
+        Output::Text => out(&as_text(&plan, &agents.list, &checked)),
+    }
+    agents.stop().await?;
+    if problems.is_empty() {
+        if common.output == Output::Text {
+            out(&format!("✔ ok  {} can run; nothing was changed\n", path.display()));
+        }
+        return Ok(exit::OK);
+    }
+    let problems: String = problems.iter().map(|p| format!("\n  {p}")).collect();
+    Err(Wrong(format!("{}: nothing was injected{problems}", path.display())).into())
+}
+
+fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
+    let mut text = String::new();
+    let longest: Duration = plan.rounds.iter().map(plan::Round::longest).sum();
+    let rounds = counted(plan.rounds.len(), "round");
+    let nodes = counted(agents.len(), "node");
+    let _ = writeln!(text, "{}: {rounds}, at most {}, {nodes}\n\nTARGETS", plan.name, time(longest));
+    for (name, resolved) in &checked.targets {
+        let on = resolved.iter().filter(|r| !r.targets.is_empty()).count();
+        let mark = if on > 0 { "✔ ok  " } else { "✖ none" };
+        let _ = writeln!(text, "  {mark} {name}: on {on} of {nodes}");
+        for (agent, resolved) in agents.iter().zip(resolved) {
+            for target in &resolved.targets {
+                let cgroup =
+                    if target.cgroup.is_empty() { String::new() } else { format!("  {}", target.cgroup) };
+                let _ = writeln!(text, "           {}  {}{cgroup}", agent.node, target.name);
+            }
+            if resolved.targets.is_empty() {
+                let _ = writeln!(text, "           {}  {}", agent.node, resolved.error);
+            }
+        }
+    }
+    for (round, faults) in plan.rounds.iter().zip(&checked.faults) {
+        let phases =
+            [("baseline", round.baseline), ("fault", round.hold), ("recovery up to", round.recovery)];
+        let phases: Vec<String> = phases.iter().map(|(name, d)| format!("{name} {}", time(*d))).collect();
+        let _ = writeln!(text, "\nROUND {}  {}", round.name, phases.join(", "));
+        for (order, armed) in faults {
+            fault_text(&mut text, agents, order, armed);
+        }
+        gates_text(&mut text, plan, Some(round));
+    }
+    if !plan.gates.is_empty() {
+        let _ = writeln!(text, "\nWHOLE RUN");
+        gates_text(&mut text, plan, None);
+    }
+    text.push('\n');
+    text
+}
+
+fn fault_text(text: &mut String, agents: &[Agent], order: &Order, armed: &Result<Armed, NotArmed>) {
+    match armed {
+        Err(e) => {
+            let _ = writeln!(text, "  ✖ no   {}\n           {e}", order.summary);
+        }
+        Ok(armed) => {
+            let _ = writeln!(text, "  ✔ ok   {}", order.summary);
+            for (agent, injection) in armed {
+                let resolved = injection.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default();
+                let _ = writeln!(
+                    text,
+                    "           {}  {resolved}  by {}",
+                    agents[*agent].node, injection.mechanism
+                );
+                for change in &injection.changes {
+                    let _ = writeln!(text, "             changes  {change}");
+                }
+                for warning in &injection.warnings {
+                    let _ = writeln!(text, "             ! warning  {warning}");
+                }
+            }
+        }
+    }
+}
+
+fn gates_text(text: &mut String, plan: &Plan, round: Option<&plan::Round>) {
+    for gate in round.map_or(&plan.gates, |round| &round.gates) {
+        let _ = writeln!(text, "  gate   {}", gate.outline());
+    }
+}
+
+fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[String]) -> Value {
+    let resolved = |agent: &Agent, r: &v1::Resolved| {
+        let names: Vec<&str> = r.targets.iter().map(|t| t.name.as_str()).collect();
+        json!({ "node": agent.node, "matches": names, "error": (!r.error.is_empty()).then_some(&r.error) })
+    };
+    let targets: Vec<Value> = checked
+        .targets
+        .iter()
+        .map(|(name, found)| {
+            let nodes: Vec<Value> = agents.iter().zip(found).map(|(a, r)| resolved(a, r)).collect();
+            json!({ "name": name, "nodes": nodes })
+        })
+        .collect();
+    let injection = |(agent, i): &(usize, v1::Injection)| {
+        json!({
+            "node": agents[*agent].node,
+            "target": i.target.as_ref().map(|t| &t.name),
+            "mechanism": i.mechanism,
+            "changes": i.changes,
+            "warnings": i.warnings,
+        })
+    };
+    let fault = |(order, armed): &(Order, Result<Armed, NotArmed>)| match armed {
+        Ok(armed) => {
+            json!({ "fault": order.summary, "injections": armed.iter().map(injection).collect::<Vec<_>>() })
+        }
+        Err(e) => json!({ "fault": order.summary, "error": e.to_string() }),
+    };
+    let rounds: Vec<Value> = plan
+        .rounds
+        .iter()
+        .zip(&checked.faults)
+        .map(|(round, faults)| {
+            json!({
+                "name": round.name,
+                "baseline_seconds": round.baseline.as_secs_f64(),
+                "hold_seconds": round.hold.as_secs_f64(),
+                "recovery_seconds": round.recovery.as_secs_f64(),
+                "faults": faults.iter().map(fault).collect::<Vec<_>>(),
+                "gates": round.gates.iter().map(|g| json!({ "gate": g.outline() })).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({ "plan": plan.name, "ok": problems.is_empty(), "problems": problems, "targets": targets, "rounds": rounds })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_differ_by_fault_and_are_the_same_every_time() {
+        let network = || v1::Fault { kind: Some(v1::fault::Kind::Network(v1::NetworkFault::default())) };
+        let seed_of = |fault: v1::Fault| match fault.kind {
+            Some(v1::fault::Kind::Network(n)) => n.seed,
+            _ => 0,
+        };
+        let all: Vec<u64> = [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]
+            .map(|(s, r, n)| seed_of(seeded(network(), s, r, n)))
+            .into();
+        for (i, a) in all.iter().enumerate() {
+            assert!(*a != 0 && !all[..i].contains(a), "{all:?}");
+        }
+        assert_eq!(seed_of(seeded(network(), 1, 0, 0)), all[0]);
+        let given = v1::NetworkFault { seed: 7, ..v1::NetworkFault::default() };
+        let given = v1::Fault { kind: Some(v1::fault::Kind::Network(given)) };
+        assert_eq!(seed_of(seeded(given, 1, 0, 0)), 7);
+    }
+}

@@ -1,0 +1,393 @@
+//! The command line: what can be written, and what the exit codes mean.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    agents::Address,
+    plan::{
+        Address as Peer,
+        fault::{Cpu, Direction, Memory, Network, Size},
+        units::{self, Wrong},
+    },
+};
+
+/// Exit codes. They are an API: CI reads them.
+pub mod exit {
+    /// Every gate passed, or the command did what it was asked.
+    pub const OK: u8 = 0;
+    /// The plan or the command is wrong. Nothing was injected.
+    pub const WRONG: u8 = 2;
+    /// Nothing failed, but not everything is proven.
+    pub const INCONCLUSIVE: u8 = 3;
+    /// Stopped by a person, a safety limit or a lost agent.
+    pub const ABORTED: u8 = 4;
+    /// Our own failure.
+    pub const OURS: u8 = 5;
+}
+
+const EXIT_CODES: &str = "\
+Exit codes
+  0  promote: every gate passed and every fault bit (other commands: done)
+  1  block or rollback: a gate failed
+  2  the plan or the command is wrong; nothing was injected
+  3  inconclusive: nothing failed, but not everything is proven
+  4  aborted by a person, a safety limit or a lost agent
+  5  squall itself failed; never to be read as a verdict";
+
+/// Breaks a running service on purpose and says whether a release may go out.
+#[derive(Debug, Parser)]
+#[command(name = "squall", version, after_help = "`squall help exit-codes` says what the exit codes mean.")]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// An agent: unix:///run/squall/agent.sock or http://127.0.0.1:7400 (loopback only). Repeatable; without it
+    /// the agent of this host is used, and where none runs, one is started for this command
+    #[arg(long = "agents", value_name = "ADDRESS", global = true, value_delimiter = ',')]
+    pub agents: Vec<Address>,
+    /// Form of the output
+    #[arg(short, long, value_name = "FORM", global = true, default_value = "text")]
+    pub output: Output,
+    /// What to show of a run while it runs, on stderr
+    #[arg(long, value_name = "MODE", global = true, default_value = "auto")]
+    pub progress: ProgressMode,
+    /// Directory of the runs
+    #[arg(long, value_name = "DIR", global = true, default_value = "runs")]
+    pub runs: PathBuf,
+}
+
+/// Form of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For scripts.
+    Json,
+}
+
+/// What to show of a run while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ProgressMode {
+    /// Live on a terminal, plain otherwise
+    Auto,
+    /// A view that redraws itself
+    Live,
+    /// Lines, with a heartbeat
+    Plain,
+    /// Nothing
+    None,
+    /// Every event as a line of JSON
+    Json,
+}
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the rounds of a plan, print the verdict, write runs/<id>/
+    Run {
+        /// The plan, a YAML file
+        plan: PathBuf,
+    },
+    /// Validate a plan, resolve its targets, ask every agent what it can do; change nothing
+    Check {
+        /// The plan, a YAML file
+        plan: PathBuf,
+    },
+    /// Inject one fault by hand
+    #[command(subcommand)]
+    Inject(Inject),
+    /// Injections that agents hold, and what they measurably do
+    Status,
+    /// End injections and wait until the hosts are as before
+    Revert {
+        /// Ids, as `squall status` shows them
+        #[arg(value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
+        ids: Vec<String>,
+        /// Everything on every agent
+        #[arg(long)]
+        all: bool,
+    },
+    /// Agents, their nodes, and which faults work there
+    Nodes,
+    /// Make the reports of a run again from its events
+    Report {
+        /// Id of the run (its first letters are enough), or its directory
+        run: String,
+        /// Print one report instead of writing the files
+        #[arg(short, long, value_name = "FORMAT")]
+        format: Option<Format>,
+    },
+    /// What the exit codes mean
+    #[command(hide = true, long_about = EXIT_CODES)]
+    ExitCodes,
+}
+
+/// A form of report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// One self-contained file
+    Html,
+    /// For machines
+    Json,
+}
+
+/// Kinds of fault.
+#[derive(Debug, Subcommand)]
+pub enum Inject {
+    /// Delay, lose or cut off packets
+    Network(InjectNetwork),
+    /// Burn CPU time inside the target's cgroup
+    Cpu(InjectCpu),
+    /// Hold memory inside the target's cgroup
+    Memory(InjectMemory),
+}
+
+/// What to hurt, and for how long.
+#[derive(Debug, Args)]
+pub struct What {
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// How long, then it ends by itself: 30s, 5m
+    #[arg(long = "for", value_name = "TIME", value_parser = parse(units::duration))]
+    pub duration: Duration,
+    /// Come back at once; needs an agent that keeps running, and the fault ends after --for
+    #[arg(long)]
+    pub detach: bool,
+}
+
+/// What to hurt. Every given term must match.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct TargetArgs {
+    /// Processes with this executable: a path, or its last part
+    #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
+    pub exe: Option<String>,
+    /// Processes with this in their command line
+    #[arg(long, value_name = "TEXT", conflicts_with = "cgroup")]
+    pub cmdline: Option<String>,
+    /// The process with this pid
+    #[arg(long, conflicts_with = "cgroup")]
+    pub pid: Option<u32>,
+    /// A cgroup, by its path
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<String>,
+    /// An interface. With a process or cgroup: this one of its network namespace; alone: the target itself
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
+    /// Network namespace of the interface: a name in /run/netns or a path
+    #[arg(long, value_name = "NETNS", requires = "interface", conflicts_with_all = ["exe", "cmdline", "pid", "cgroup"])]
+    pub netns: Option<String>,
+}
+
+/// `squall inject network`.
+#[derive(Debug, Args)]
+pub struct InjectNetwork {
+    #[command(flatten)]
+    pub common: What,
+    /// The far side: 10.0.0.7/32:6379/tcp, [fd00::/64]:6379, *:53/udp. Repeatable; without it every packet
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_peer)]
+    pub to: Vec<(String, Peer)>,
+    /// Packets that leave the target, arrive at it, or both
+    #[arg(long, value_enum, default_value = "both")]
+    pub direction: Direction,
+    /// Share of packets that are touched at all
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::share))]
+    pub share: Option<f64>,
+    /// Delay packets by this
+    #[arg(long, value_name = "TIME", value_parser = parse(units::duration))]
+    pub delay: Option<Duration>,
+    /// Vary the delay by plus or minus this
+    #[arg(long, value_name = "TIME", value_parser = parse(units::duration), requires = "delay")]
+    pub jitter: Option<Duration>,
+    /// Lose this share of packets
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::share))]
+    pub loss: Option<f64>,
+    /// Drop every packet
+    #[arg(long)]
+    pub partition: bool,
+    /// Seed of the random decisions; drawn by the agent where none is given
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+/// `squall inject cpu`.
+#[derive(Debug, Args)]
+pub struct InjectCpu {
+    #[command(flatten)]
+    pub common: What,
+    /// Load on the CPUs that the target may use
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::share))]
+    pub load: f64,
+    /// Threads; one for each of these CPUs where none are given
+    #[arg(long, value_name = "N")]
+    pub workers: Option<u32>,
+}
+
+/// `squall inject memory`.
+#[derive(Debug, Args)]
+pub struct InjectMemory {
+    #[command(flatten)]
+    pub common: What,
+    /// How much: 200MiB, or 90% of the limit
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub size: Size,
+    /// Time to reach the size
+    #[arg(long, value_name = "TIME", value_parser = parse(units::duration), default_value = "0s")]
+    pub ramp: Duration,
+}
+
+/// A parser of `units` for clap: what is wrong and what to write in one line.
+fn parse<T>(parser: fn(&str) -> Result<T, Wrong>) -> impl Fn(&str) -> Result<T, String> + Clone {
+    move |text| parser(text).map_err(|(message, fix)| format!("{message}: {fix}"))
+}
+
+fn parse_peer(text: &str) -> Result<(String, Peer), String> {
+    parse(units::address)(text).map(|address| (text.to_owned(), address))
+}
+
+fn parse_size(text: &str) -> Result<Size, String> {
+    if text.trim().ends_with('%') {
+        parse(units::share)(text).map(Size::Share)
+    } else {
+        parse(units::size)(text).map(Size::Bytes)
+    }
+}
+
+impl Inject {
+    /// What to hurt, and for how long.
+    pub fn common(&self) -> &What {
+        match self {
+            Self::Network(n) => &n.common,
+            Self::Cpu(c) => &c.common,
+            Self::Memory(m) => &m.common,
+        }
+    }
+
+    /// The fault for an agent, and a line for people.
+    pub fn fault(&self) -> Result<(squall_proto::v1::Fault, String), Wrong> {
+        let on = self.common().target.shown();
+        match self {
+            Self::Network(args) => {
+                let alone = args.common.target.is_interface();
+                let network = Network {
+                    peers: args.to.clone(),
+                    direction: args.direction,
+                    share: args.share,
+                    delay: args.delay.map(|latency| (latency, args.jitter.unwrap_or_default())),
+                    loss: args.loss,
+                    partition: args.partition,
+                    interface: args.common.target.interface.clone().filter(|_| !alone),
+                    seed: args.seed,
+                };
+                network
+                    .check()
+                    .map_err(|(message, _)| (message, "give --delay, --loss or --partition".into()))?;
+                Ok((network.proto(), network.summary(&on)))
+            }
+            Self::Cpu(args) => {
+                let cpu = Cpu { load: args.load, workers: args.workers };
+                Ok((cpu.proto(), cpu.summary(&on)))
+            }
+            Self::Memory(args) => {
+                let memory = Memory { size: args.size, ramp: args.ramp };
+                Ok((memory.proto(), memory.summary(&on)))
+            }
+        }
+    }
+}
+
+impl TargetArgs {
+    fn is_interface(&self) -> bool {
+        self.exe.is_none() && self.cmdline.is_none() && self.pid.is_none() && self.cgroup.is_none()
+    }
+
+    /// The target in the words of a plan.
+    pub fn target(&self) -> crate::plan::Target {
+        use crate::plan::Target;
+        match (&self.cgroup, &self.interface) {
+            (Some(path), _) => Target::Cgroup { path: path.clone() },
+            (None, Some(name)) if self.is_interface() => {
+                Target::Interface { name: name.clone(), netns: self.netns.clone() }
+            }
+            _ => Target::Process { pid: self.pid, exe: self.exe.clone(), cmdline: self.cmdline.clone() },
+        }
+    }
+
+    /// What was asked for, for people.
+    pub fn shown(&self) -> String {
+        let pid = self.pid.map(|pid| format!("pid {pid}"));
+        let cmdline = self.cmdline.as_ref().map(|text| format!("*{text}*"));
+        let interface = self.interface.clone().filter(|_| self.is_interface());
+        let terms = [self.exe.clone(), cmdline, pid, self.cgroup.clone(), interface];
+        terms.into_iter().flatten().collect::<Vec<_>>().join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    fn inject(line: &str) -> Inject {
+        let cli = Cli::try_parse_from(line.split(' ')).expect("valid");
+        let Command::Inject(inject) = cli.command else { panic!("not inject") };
+        inject
+    }
+
+    #[test]
+    fn the_line_of_the_readme() {
+        let inject = inject(
+            "squall inject network --exe recommender --to 10.0.0.7/32:6379/tcp --delay 2s --jitter 300ms --loss 5% \
+             --for 30s",
+        );
+        let (_, summary) = inject.fault().expect("valid");
+        assert_eq!(summary, "network recommender ↔ 10.0.0.7/32:6379/tcp: delay 2s ±300ms, loss 5%");
+        assert_eq!(inject.common().duration, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn an_interface_alone_is_the_target_and_with_a_process_a_part_of_it() {
+        let alone = inject("squall inject network --interface eth0 --netns web --partition --for 5s");
+        assert_eq!(
+            alone.common().target.target(),
+            crate::plan::Target::Interface { name: "eth0".into(), netns: Some("web".into()) }
+        );
+        let part = inject("squall inject network --pid 42 --interface eth0 --partition --for 5s");
+        assert!(matches!(part.common().target.target(), crate::plan::Target::Process { pid: Some(42), .. }));
+        assert!(part.fault().expect("valid").1.ends_with("at eth0"));
+    }
+
+    #[rstest::rstest]
+    #[case("squall inject cpu --load 90% --for 5s", "required")]
+    #[case("squall inject cpu --exe x --load 90%", "--for")]
+    #[case("squall inject cpu --exe x --load 90 --for 5s", "write 90%")]
+    #[case("squall inject memory --exe x --size 64 --for 5s", "write 64MiB")]
+    #[case("squall inject cpu --exe x --load 90% --for 5", "write 5ms or 5s")]
+    #[case("squall inject network --exe x --to nowhere --partition --for 5s", "expected CIDR")]
+    #[case("squall --agents http://10.0.0.7:7400 status", "is refused")]
+    #[case("squall revert", "required")]
+    fn wrong_lines(#[case] line: &str, #[case] why: &str) {
+        let error = Cli::try_parse_from(line.split(' ')).expect_err("wrong").to_string();
+        assert!(error.contains(why), "{error}");
+    }
+
+    #[test]
+    fn a_network_fault_that_does_nothing_is_refused() {
+        let wrong = inject("squall inject network --exe x --for 5s").fault().expect_err("nothing to do");
+        assert_eq!(wrong.1, "give --delay, --loss or --partition");
+    }
+}

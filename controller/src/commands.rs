@@ -1,0 +1,264 @@
+//! The commands that only ask or take back: `nodes`, `status`, `revert`.
+
+use std::{io::Write as _, time::Duration};
+
+use anyhow::Result;
+use comfy_table::{ContentArrangement, Table, presets};
+use futures::future::join_all;
+use serde_json::{Value, json};
+use squall_proto::v1::{self, State};
+
+use crate::{
+    agents::{Agent, Agents, CallError, Local},
+    cli::{Common, Output, exit},
+    faults::{figures, left},
+    wrong::Wrong,
+};
+
+/// `squall nodes`.
+pub async fn nodes(common: &Common) -> Result<u8> {
+    let agents = Agents::connect(&common.agents, Local::Refuse).await?;
+    match common.output {
+        Output::Json => print_json(&agents.list.iter().map(node_json).collect()),
+        Output::Text => {
+            for agent in &agents.list {
+                out(&node_text(agent));
+            }
+        }
+    }
+    Ok(exit::OK)
+}
+
+fn node_json(agent: &Agent) -> Value {
+    let about = &agent.about;
+    let faults: Vec<Value> = about
+        .faults
+        .iter()
+        .map(|fault| {
+            let feature = |f: &v1::Feature| {
+                json!({ "name": f.name, "available": f.available, "mechanism": f.mechanism, "reason": f.reason })
+            };
+            let features: Vec<Value> = fault.features.iter().map(feature).collect();
+            json!({ "kind": fault.kind, "available": fault.available, "reason": fault.reason, "features": features })
+        })
+        .collect();
+    json!({
+        "node": about.node,
+        "address": agent.address,
+        "agent": about.agent_version,
+        "kernel": about.kernel,
+        "cgroup": about.cgroup,
+        "faults": faults,
+        "limits": about.limits.as_ref().map(|l| json!({
+            "longest_seconds": l.longest_ns as f64 / 1e9,
+            "longest_lease_seconds": l.longest_lease_ns as f64 / 1e9,
+            "most_injections": l.most_injections,
+        })),
+    })
+}
+
+fn node_text(agent: &Agent) -> String {
+    let about = &agent.about;
+    let mut text = format!(
+        "{}  kernel {}  cgroup {}  agent {}  {}\n",
+        about.node, about.kernel, about.cgroup, about.agent_version, agent.address
+    );
+    let mut table = table();
+    for fault in &about.faults {
+        if fault.features.is_empty() || !fault.available {
+            table.add_row([format!("  {}", fault.kind), works(fault.available).into(), fault.reason.clone()]);
+        }
+        for feature in fault.features.iter().filter(|_| fault.available) {
+            let how = if feature.available { &feature.mechanism } else { &feature.reason };
+            let name = format!("  {} {}", fault.kind, feature.name);
+            table.add_row([name, works(feature.available).into(), how.clone()]);
+        }
+    }
+    text += &format!("{table}\n");
+    text
+}
+
+fn works(available: bool) -> &'static str {
+    if available { "✔ works" } else { "✖ no" }
+}
+
+/// A table without lines, as wide as the terminal.
+pub fn table() -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table
+}
+
+/// Prints to stdout. A reader that went away (`squall status | head`) is no failure.
+pub fn out(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Prints one JSON value to stdout.
+pub fn print_json(value: &Value) {
+    out(&format!("{value:#}\n"));
+}
+
+/// `squall status`.
+pub async fn status(common: &Common) -> Result<u8> {
+    let agents = Agents::connect(&common.agents, Local::Refuse).await?;
+    let mut found = Vec::new();
+    for (agent, list) in agents.list.iter().zip(join_all(agents.list.iter().map(Agent::list)).await) {
+        found.extend(list?.into_iter().map(|i| (agent.node.clone(), i)));
+    }
+    match common.output {
+        Output::Json => print_json(&found.iter().map(|(node, i)| injection_json(node, i)).collect()),
+        Output::Text if found.is_empty() => {
+            out(&format!("no injections on {}\n", counted(agents.list.len(), "node")))
+        }
+        Output::Text => {
+            let mut table = table();
+            table.set_header(["ID", "NODE", "TARGET", "FAULT", "STATE", "ENDS", "MEASURED"]);
+            for (node, i) in &found {
+                let target = i.target.as_ref().map(|t| t.name.clone()).unwrap_or_default();
+                let fault = format!("{} {}", i.kind, i.summary);
+                table.add_row([i.id.clone(), node.clone(), target, fault, state(i), ends(i), measured(i)]);
+            }
+            out(&format!("{table}\n"));
+        }
+    }
+    Ok(exit::OK)
+}
+
+/// An injection as JSON.
+pub fn injection_json(node: &str, i: &v1::Injection) -> Value {
+    let effect = i.effect.as_ref();
+    json!({
+        "id": i.id,
+        "node": node,
+        "kind": i.kind,
+        "target": i.target.as_ref().map(|t| t.name.clone()),
+        "state": state_name(i.state()),
+        "summary": i.summary,
+        "mechanism": i.mechanism,
+        "changes": i.changes,
+        "warnings": i.warnings,
+        "reason": i.reason,
+        "seed": i.seed,
+        "ends_in_seconds": is_live(i).then(|| left(i, i.ends_boot_ns).as_secs_f64()),
+        "lease_ends_in_seconds": is_live(i).then(|| left(i, i.lease_ends_boot_ns).as_secs_f64()),
+        "bit": effect.is_some_and(|e| e.bit),
+        "figures": effect.map(figures).unwrap_or_default(),
+    })
+}
+
+fn is_live(i: &v1::Injection) -> bool {
+    i.state() == State::Active
+}
+
+fn state_name(state: State) -> &'static str {
+    match state {
+        State::Unspecified => "unknown",
+        State::Armed => "armed",
+        State::Active => "active",
+        State::Reverted => "reverted",
+        State::Stuck => "stuck",
+        State::Failed => "failed",
+    }
+}
+
+/// State in the words that people use: what it does, not what was asked for.
+pub fn state(i: &v1::Injection) -> String {
+    match i.state() {
+        State::Active if i.effect.as_ref().is_some_and(|e| e.bit) => "● biting".into(),
+        State::Active => "○ idle".into(),
+        State::Reverted => format!("✔ reverted ({})", i.reason),
+        State::Stuck => format!("! stuck ({})", i.reason),
+        State::Failed => format!("✖ failed ({})", i.reason),
+        other => state_name(other).into(),
+    }
+}
+
+fn ends(i: &v1::Injection) -> String {
+    if !is_live(i) {
+        return String::new();
+    }
+    let seconds = |d: Duration| format!("{}s", d.as_secs_f64().ceil());
+    format!("in {} (lease {})", seconds(left(i, i.ends_boot_ns)), seconds(left(i, i.lease_ends_boot_ns)))
+}
+
+/// What it measurably did: `matched 1204 packets, dropped 61 packets`.
+pub fn measured(i: &v1::Injection) -> String {
+    let Some(effect) = &i.effect else { return "nothing yet".into() };
+    let figures: Vec<String> = effect.figures.iter().map(figure).collect();
+    figures.join(", ")
+}
+
+fn figure(f: &v1::Figure) -> String {
+    let value = match f.unit.as_str() {
+        "ratio" => return format!("{} {:.1}%", f.name, f.value * 100.0),
+        "bytes" => return format!("{} {:.1} MiB", f.name, f.value / f64::from(1 << 20)),
+        "seconds" => return format!("{} {:.1} ms", f.name, f.value * 1e3),
+        _ if f.value.fract() == 0.0 => format!("{:.0}", f.value),
+        _ => format!("{:.2}", f.value),
+    };
+    format!("{} {value} {}", f.name, f.unit)
+}
+
+/// `1 node`, `3 nodes`.
+pub fn counted(n: usize, noun: &str) -> String {
+    if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
+}
+
+/// `squall revert`.
+pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
+    // A start replays the journal, so even what a dead agent left can be reverted.
+    let local = if all { Local::Start } else { Local::Refuse };
+    let agents = Agents::connect(&common.agents, local).await?;
+    let mut found: Vec<(String, v1::Injection)> = Vec::new();
+    let mut unknown: Vec<&String> = ids.iter().collect();
+    let mut lost = Vec::new();
+    for agent in &agents.list {
+        if all {
+            match agent.revert_all().await {
+                Ok(injections) => found.extend(injections.into_iter().map(|i| (agent.node.clone(), i))),
+                Err(e) => lost.push(e),
+            }
+        }
+        for id in ids {
+            match agent.revert(vec![id.clone()]).await {
+                Ok(injections) => {
+                    unknown.retain(|u| *u != id);
+                    found.extend(injections.into_iter().map(|i| (agent.node.clone(), i)));
+                }
+                Err(CallError::NotThere { .. }) => {}
+                Err(e) => lost.push(e),
+            }
+        }
+    }
+    let nodes = agents.list.len();
+    // A local agent that was started for this keeps what is stuck in its journal, and says so when it stops.
+    let stopped = agents.stop().await;
+    let reverted =
+        found.iter().filter(|(_, i)| i.state() == State::Reverted || i.state() == State::Failed).count();
+    match common.output {
+        Output::Json => print_json(&json!({
+            "reverted": reverted,
+            "of": found.len(),
+            "nodes": nodes,
+            "injections": found.iter().map(|(node, i)| injection_json(node, i)).collect::<Vec<_>>(),
+        })),
+        Output::Text => {
+            for (node, i) in &found {
+                out(&format!("{}  {node}  {}  {}\n", i.id, i.summary, state(i)));
+            }
+            out(&format!("{reverted} of {} reverted on {}\n", found.len(), counted(nodes, "node")));
+        }
+    }
+    if let Some(e) = lost.into_iter().next() {
+        return Err(e.into());
+    }
+    if !unknown.is_empty() {
+        let ids: Vec<&str> = unknown.iter().map(|id| id.as_str()).collect();
+        return Err(
+            Wrong(format!("no agent knows {}; `squall status` shows what there is", ids.join(", "))).into()
+        );
+    }
+    stopped?;
+    Ok(if reverted == found.len() { exit::OK } else { exit::OURS })
+}

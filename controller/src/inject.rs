@@ -1,0 +1,242 @@
+//! `squall inject`: one fault by hand, measured, and always with an end.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use jiff::{Span, Zoned};
+use serde_json::json;
+use squall_proto::v1::{self, State};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
+};
+
+use crate::{
+    agents::{Agent, Agents, CallError, Local},
+    cli::{Common, Inject, Output, exit},
+    commands::{counted, injection_json, measured, out, state},
+    faults::{Armed, Held, LEASE, Order, RENEW_EVERY, left, new_id},
+    plan::fault::time,
+    signals::{Asked, asked},
+    wrong::Wrong,
+};
+
+/// So long after the start it is shown what the fault did.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
+
+/// Why a fault in the foreground is over.
+enum Over {
+    Time,
+    Person,
+    Lost(CallError),
+    /// All of it ended before its time.
+    Early,
+}
+
+/// `squall inject`.
+pub async fn inject(common: &Common, inject: &Inject, signals: &mut watch::Receiver<Asked>) -> Result<u8> {
+    let (fault, summary) = inject.fault().map_err(|(message, fix)| Wrong(format!("{message}: {fix}")))?;
+    let what = inject.common();
+    let target = what
+        .target
+        .target()
+        .proto()
+        .ok_or_else(|| Wrong("give --exe, --pid, --cgroup or --interface".into()))?;
+    let order = Order {
+        id: new_id(),
+        on: what.target.shown(),
+        summary,
+        target,
+        fault,
+        duration: what.duration,
+        lease: if what.detach { what.duration } else { LEASE },
+    };
+    let local = if what.detach { Local::Refuse } else { Local::Start };
+    let agents = Agents::connect(&common.agents, local).await?;
+    let result = on_agents(common, &order, what.detach, &agents.list, signals).await;
+    let stopped = agents.stop().await;
+    let code = result?;
+    stopped?;
+    Ok(code)
+}
+
+async fn on_agents(
+    common: &Common,
+    order: &Order,
+    detach: bool,
+    agents: &[Agent],
+    signals: &mut watch::Receiver<Asked>,
+) -> Result<u8> {
+    let mut held = Held::default();
+    held.add(&order.arm(agents, false).await?);
+    let fired = match held.fire(agents).await {
+        Ok(fired) => fired,
+        Err(e) => {
+            held.revert(agents).await;
+            return Err(e.into());
+        }
+    };
+    show(common, agents, order, &fired, detach);
+    let failed: Vec<String> =
+        fired.iter().filter(|(_, i)| i.state() != State::Active).map(|(_, i)| i.reason.clone()).collect();
+    if !failed.is_empty() {
+        held.revert(agents).await;
+        anyhow::bail!("{}; everything was reverted", failed.join("; "));
+    }
+    if detach {
+        return Ok(exit::OK);
+    }
+    let over = hold(common, agents, order, &mut held, signals).await;
+    finish(common, agents, order, &fired, over, signals).await
+}
+
+/// Renews the leases until it is over.
+async fn hold(
+    common: &Common,
+    agents: &[Agent],
+    order: &Order,
+    held: &mut Held,
+    signals: &mut watch::Receiver<Asked>,
+) -> Over {
+    let start = Instant::now();
+    let mut renew = interval(RENEW_EVERY);
+    renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look = Some(start + FIRST_LOOK.min(order.duration / 2));
+    loop {
+        tokio::select! {
+            () = sleep_until(start + order.duration) => return Over::Time,
+            () = asked(signals, Asked::Stop) => return Over::Person,
+            () = sleep_until(look.unwrap_or(start + order.duration)), if look.is_some() => {
+                look = None;
+                if common.output == Output::Text && let Ok(now) = current(agents, held).await {
+                    show_measured(agents, &now);
+                }
+            }
+            _ = renew.tick() => match held.renew(agents).await {
+                Ok(gone) => {
+                    for (agent, id) in gone {
+                        held.remove(agent, &id);
+                    }
+                    if held.len() == 0 {
+                        return if start.elapsed() + RENEW_EVERY >= order.duration { Over::Time } else { Over::Early };
+                    }
+                }
+                Err(e) => return Over::Lost(e),
+            },
+        }
+    }
+}
+
+/// How the injections stand now.
+async fn current(agents: &[Agent], held: &Held) -> Result<Armed, CallError> {
+    let mut now = Vec::new();
+    for (agent, ids) in held.by_agent() {
+        let list = agents[*agent].list().await?;
+        now.extend(list.into_iter().filter(|i| ids.contains(&i.id)).map(|i| (*agent, i)));
+    }
+    Ok(now)
+}
+
+async fn finish(
+    common: &Common,
+    agents: &[Agent],
+    order: &Order,
+    fired: &Armed,
+    over: Over,
+    signals: &mut watch::Receiver<Asked>,
+) -> Result<u8> {
+    // All that was fired, not only what is held: also what ended by itself has a last word.
+    let mut all = Held::default();
+    all.add(fired);
+    let taken = tokio::select! {
+        taken = all.revert(agents) => taken,
+        () = asked(signals, Asked::Leave) => {
+            eprintln!("left; what is not reverted yet ends by itself within {}", time(order.lease));
+            return Ok(exit::ABORTED);
+        }
+    };
+    let reverted = taken.injections.iter().filter(|(_, i)| i.state() == State::Reverted).count();
+    let bit = taken.injections.iter().any(|(_, i)| i.effect.as_ref().is_some_and(|e| e.bit));
+    if common.output == Output::Json {
+        let list: Vec<_> =
+            taken.injections.iter().map(|(a, i)| injection_json(&agents[*a].node, i)).collect();
+        out(&format!(
+            "{}\n",
+            json!({ "event": "ended", "reverted": reverted, "of": fired.len(), "injections": list })
+        ));
+    } else {
+        for (agent, i) in &taken.injections {
+            out(&format!("  {}  {}  {}  {}\n", agents[*agent].node, i.id, state(i), measured(i)));
+        }
+        out(&format!("{reverted} of {} reverted\n", fired.len()));
+    }
+    for (agent, ids, why) in &taken.unasked {
+        let node = &agents[*agent].node;
+        eprintln!(
+            "! {node}: {} could not be reverted ({why}); it ends by itself within {}",
+            ids.join(", "),
+            time(order.lease)
+        );
+    }
+    match over {
+        Over::Lost(e) => Err(e.into()),
+        _ if reverted < fired.len() => Ok(exit::OURS),
+        Over::Person => Ok(exit::ABORTED),
+        Over::Early => {
+            eprintln!("! it ended before its time");
+            Ok(exit::INCONCLUSIVE)
+        }
+        Over::Time if !bit => {
+            eprintln!("! it never touched its target: nothing of what it matches came by");
+            Ok(exit::INCONCLUSIVE)
+        }
+        Over::Time => Ok(exit::OK),
+    }
+}
+
+fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach: bool) {
+    if common.output == Output::Json {
+        let list: Vec<_> = fired.iter().map(|(a, i)| injection_json(&agents[*a].node, i)).collect();
+        out(&format!(
+            "{}\n",
+            json!({ "event": "injected", "id": order.id, "fault": order.summary, "injections": list })
+        ));
+        return;
+    }
+    out(&format!("{}  id {}  on {}\n", order.summary, order.id, counted(fired.len(), "target")));
+    for (agent, i) in fired {
+        out(&format!("  {}  by {}\n", place(&agents[*agent], i), i.mechanism));
+        for change in &i.changes {
+            out(&format!("    changes  {change}\n"));
+        }
+        for warning in &i.warnings {
+            out(&format!("    ! warning  {warning}\n"));
+        }
+    }
+    let longest = fired.iter().map(|(_, i)| left(i, i.ends_boot_ns)).max().unwrap_or_default();
+    let at = i64::try_from(longest.as_millis())
+        .ok()
+        .and_then(|ms| Zoned::now().checked_add(Span::new().milliseconds(ms)).ok());
+    let at = at.map(|at| format!(", at {}", at.strftime("%H:%M:%S"))).unwrap_or_default();
+    let lease =
+        if detach { String::new() } else { format!(" ({} after this command dies)", time(order.lease)) };
+    out(&format!("ends by itself  in {}{at}{lease}\n", time(order.duration)));
+    let named: String = common.agents.iter().map(|a| format!(" --agents {a}")).collect();
+    let or = if detach { "" } else { ", or Ctrl-C" };
+    out(&format!("end it now      squall{named} revert {}{or}\n", order.id));
+}
+
+fn show_measured(agents: &[Agent], now: &Armed) {
+    for (agent, i) in now {
+        let idle = if i.effect.as_ref().is_some_and(|e| e.bit) {
+            ""
+        } else {
+            "  (nothing of what it matches came by yet)"
+        };
+        out(&format!("measured  {}  {}  {}{idle}\n", place(&agents[*agent], i), state(i), measured(i)));
+    }
+}
+
+fn place(agent: &Agent, i: &v1::Injection) -> String {
+    format!("{}  {}", agent.node, i.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default())
+}
