@@ -1,0 +1,292 @@
+//! From bytes to what rules can ask for.
+
+use crate::table::Direction;
+
+/// What a rule can ask for in the protocol dimension. The values index [`crate::table::Table::protocol`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Protocol {
+    /// Neither of the others.
+    Other = 0,
+    /// TCP.
+    Tcp = 1,
+    /// UDP.
+    Udp = 2,
+    /// ICMP and `ICMPv6`, except neighbour discovery.
+    Icmp = 3,
+}
+
+/// The address of a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Address {
+    /// IPv4.
+    V4([u8; 4]),
+    /// IPv6.
+    V6([u8; 16]),
+}
+
+/// A packet, seen from the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    /// The remote address: destination at egress, source at ingress.
+    pub peer: Address,
+    /// The transport protocol.
+    pub protocol: Protocol,
+    /// Ports of the peer and of the target. `None` for protocols without ports and for every fragment but the first:
+    /// those match only rules that ask for no port.
+    pub ports: Option<(u16, u16)>,
+}
+
+/// Where a packet's bytes come from: the kernel's helper in eBPF, a slice in tests.
+pub trait Bytes {
+    /// `N` bytes at an offset, or `None` past the end.
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+}
+
+impl Bytes for [u8] {
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.get(offset..)?.get(..N)?.try_into().ok()
+    }
+}
+
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+const ETH_P_8021Q: u16 = 0x8100;
+const ETH_P_8021AD: u16 = 0x88a8;
+
+const IPPROTO_HOPOPTS: u8 = 0;
+const IPPROTO_ICMP: u8 = 1;
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+const IPPROTO_DCCP: u8 = 33;
+const IPPROTO_ROUTING: u8 = 43;
+const IPPROTO_FRAGMENT: u8 = 44;
+const IPPROTO_AH: u8 = 51;
+const IPPROTO_ICMPV6: u8 = 58;
+const IPPROTO_DSTOPTS: u8 = 60;
+const IPPROTO_SCTP: u8 = 132;
+const IPPROTO_UDPLITE: u8 = 136;
+
+/// Longest chain of IPv6 extension headers that is followed. A packet with more has no ports for us.
+const EXTENSIONS: usize = 6;
+/// Most VLAN tags in the packet itself (one more may be in the kernel's metadata).
+const TAGS: usize = 2;
+
+/// Reads a packet. `ethertype` is `skb->protocol` in host order: what follows the link layer, and any VLAN tag that the
+/// kernel took off into its metadata. `offset` is the length of the link layer's header.
+///
+/// `None` for what no rule can match: everything but IP, ARP among it, and its like in IPv6, neighbour discovery.
+/// Without those a network is not broken but dead, and heals late because neighbours have to be found again.
+#[inline(always)]
+pub fn parse(bytes: &(impl Bytes + ?Sized), ethertype: u16, offset: usize, way: Direction) -> Option<Packet> {
+    let mut ethertype = ethertype;
+    let mut offset = offset;
+    for _ in 0..TAGS {
+        if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
+            break;
+        }
+        let [_, _, hi, lo] = bytes.read::<4>(offset)?;
+        ethertype = u16::from_be_bytes([hi, lo]);
+        offset += 4;
+    }
+    match ethertype {
+        ETH_P_IP => parse_v4(bytes, offset, way),
+        ETH_P_IPV6 => parse_v6(bytes, offset, way),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, way: Direction) -> Option<Packet> {
+    let header = bytes.read::<20>(offset)?;
+    let length = usize::from(header[0] & 0x0f) * 4;
+    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+    let peer = match way {
+        Direction::Egress => [header[16], header[17], header[18], header[19]],
+        Direction::Ingress => [header[12], header[13], header[14], header[15]],
+    };
+    let next = header[9];
+    let ports = if fragment { None } else { ports(bytes, next, offset + length, way) };
+    Some(Packet { peer: Address::V4(peer), protocol: protocol(next), ports })
+}
+
+#[inline(always)]
+fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, way: Direction) -> Option<Packet> {
+    let mut next = bytes.read::<1>(offset + 6)?[0];
+    let peer = bytes.read::<16>(match way {
+        Direction::Egress => offset + 24,
+        Direction::Ingress => offset + 8,
+    })?;
+    let mut offset = offset + 40;
+    let mut fragment = false;
+    for _ in 0..EXTENSIONS {
+        let length = match next {
+            IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS | IPPROTO_FRAGMENT | IPPROTO_AH => {
+                let header = bytes.read::<4>(offset)?;
+                let length = match next {
+                    IPPROTO_FRAGMENT => {
+                        fragment = u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0;
+                        8
+                    }
+                    IPPROTO_AH => (usize::from(header[1]) + 2) * 4,
+                    _ => (usize::from(header[1]) + 1) * 8,
+                };
+                next = header[0];
+                length
+            }
+            _ => break,
+        };
+        offset += length;
+        if fragment {
+            break;
+        }
+    }
+    if next == IPPROTO_ICMPV6 && !fragment {
+        // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
+        let [kind] = bytes.read::<1>(offset)?;
+        if (133..=137).contains(&kind) {
+            return None;
+        }
+    }
+    let ports = if fragment { None } else { ports(bytes, next, offset, way) };
+    Some(Packet { peer: Address::V6(peer), protocol: protocol(next), ports })
+}
+
+#[inline(always)]
+fn ports(bytes: &(impl Bytes + ?Sized), protocol: u8, offset: usize, way: Direction) -> Option<(u16, u16)> {
+    match protocol {
+        IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP | IPPROTO_DCCP | IPPROTO_UDPLITE => {}
+        _ => return None,
+    }
+    let [a, b, c, d] = bytes.read::<4>(offset)?;
+    let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    Some(match way {
+        Direction::Egress => (destination, source),
+        Direction::Ingress => (source, destination),
+    })
+}
+
+#[inline(always)]
+fn protocol(number: u8) -> Protocol {
+    match number {
+        IPPROTO_TCP => Protocol::Tcp,
+        IPPROTO_UDP => Protocol::Udp,
+        IPPROTO_ICMP | IPPROTO_ICMPV6 => Protocol::Icmp,
+        _ => Protocol::Other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use std::{vec, vec::Vec};
+
+    use super::*;
+
+    fn v4(protocol: u8, fragment: u16, options: usize, payload: &[u8]) -> Vec<u8> {
+        let mut p = vec![0x45 + options as u8, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+        p[6..8].copy_from_slice(&fragment.to_be_bytes());
+        p.extend(vec![0; options * 4]);
+        p.extend_from_slice(payload);
+        p
+    }
+
+    fn v6(next: u8, payload: &[u8]) -> Vec<u8> {
+        let mut p = vec![0x60, 0, 0, 0, 0, 0, next, 64];
+        p.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        p.extend([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+        p.extend_from_slice(payload);
+        p
+    }
+
+    // Source port 1000, destination port 6379.
+    const SEGMENT: [u8; 8] = [0x03, 0xe8, 0x18, 0xeb, 0, 0, 0, 0];
+
+    fn read(p: &[u8], ethertype: u16, way: Direction) -> Option<Packet> {
+        parse(p, ethertype, 0, way)
+    }
+
+    #[test]
+    fn the_peer_is_the_far_side_whichever_way_the_packet_goes() {
+        let p = v4(6, 0, 0, &SEGMENT);
+        let out = read(&p, ETH_P_IP, Direction::Egress).unwrap();
+        assert_eq!(out.peer, Address::V4([10, 0, 0, 2]));
+        assert_eq!(out.ports, Some((6379, 1000)));
+        assert_eq!(out.protocol, Protocol::Tcp);
+        let back = read(&p, ETH_P_IP, Direction::Ingress).unwrap();
+        assert_eq!(back.peer, Address::V4([10, 0, 0, 1]));
+        assert_eq!(back.ports, Some((1000, 6379)));
+    }
+
+    #[test]
+    fn options_move_the_ports() {
+        let p = v4(17, 0, 10, &SEGMENT);
+        assert_eq!(read(&p, ETH_P_IP, Direction::Egress).unwrap().ports, Some((6379, 1000)));
+    }
+
+    #[test]
+    fn only_the_first_fragment_has_ports() {
+        let first = v4(17, 0x2000, 0, &SEGMENT);
+        assert_eq!(read(&first, ETH_P_IP, Direction::Egress).unwrap().ports, Some((6379, 1000)));
+        let second = v4(17, 0x0010, 0, &SEGMENT);
+        let second = read(&second, ETH_P_IP, Direction::Egress).unwrap();
+        assert_eq!((second.ports, second.protocol), (None, Protocol::Udp));
+        let mut v6_second = vec![17, 0, 0x00, 0x08, 0, 0, 0, 1];
+        v6_second.extend(SEGMENT);
+        let second = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
+        assert_eq!((second.ports, second.protocol), (None, Protocol::Udp));
+        v6_second[3] = 0x01;
+        let first = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
+        assert_eq!(first.ports, Some((6379, 1000)));
+    }
+
+    #[test]
+    fn extension_headers_are_followed_up_to_a_bound() {
+        let mut chain = vec![60, 0, 0, 0, 0, 0, 0, 0]; // hop-by-hop
+        chain.extend([43, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]); // destination options, 16 bytes
+        chain.extend([51, 0, 0, 0, 0, 0, 0, 0]); // routing
+        chain.extend([6, 4, 0, 0]); // authentication header, 24 bytes
+        chain.extend([0; 20]);
+        chain.extend(SEGMENT);
+        let p = read(&v6(0, &chain), ETH_P_IPV6, Direction::Ingress).unwrap();
+        assert_eq!(p.ports, Some((1000, 6379)));
+        assert_eq!(p.peer, Address::V6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]));
+
+        let mut long = Vec::new();
+        for _ in 0..EXTENSIONS {
+            long.extend([60, 0, 0, 0, 0, 0, 0, 0]);
+        }
+        long.extend([6, 0, 0, 0, 0, 0, 0, 0]);
+        long.extend(SEGMENT);
+        assert_eq!(read(&v6(60, &long), ETH_P_IPV6, Direction::Egress).unwrap().ports, None);
+    }
+
+    #[test]
+    fn arp_and_neighbour_discovery_are_nobodys_prey() {
+        assert_eq!(read(&[0; 28], 0x0806, Direction::Egress), None);
+        for kind in 133..=137 {
+            assert_eq!(read(&v6(58, &[kind, 0, 0, 0]), ETH_P_IPV6, Direction::Egress), None);
+        }
+        let echo = read(&v6(58, &[128, 0, 0, 0]), ETH_P_IPV6, Direction::Egress).unwrap();
+        assert_eq!((echo.protocol, echo.ports), (Protocol::Icmp, None));
+    }
+
+    #[test]
+    fn tags_inside_the_packet_are_stepped_over() {
+        let mut p = vec![0, 7, 0x81, 0x00, 0, 8, 0x08, 0x00];
+        p.extend(v4(6, 0, 0, &SEGMENT));
+        assert_eq!(read(&p, ETH_P_8021AD, Direction::Egress).unwrap().ports, Some((6379, 1000)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_a_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200), ethertype: u16, offset in 0..64_usize,
+        ) {
+            for kind in [ethertype, ETH_P_IP, ETH_P_IPV6, ETH_P_8021Q] {
+                let _ = parse(&bytes[..], kind, offset, Direction::Egress);
+                let _ = parse(&bytes[..], kind, offset, Direction::Ingress);
+            }
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! Clauses as the agent knows them, and how lists of CIDRs become the entries of a longest-prefix-match trie.
+
+use core::{fmt, net::IpAddr, str::FromStr};
+use std::{collections::BTreeMap, string::String, vec::Vec};
+
+use crate::packet::{Address, Protocol};
+
+/// An address prefix. Host bits are zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cidr {
+    v6: bool,
+    /// The address, from the top bit down.
+    bits: u128,
+    len: u8,
+}
+
+impl Cidr {
+    /// The prefix of this length around an address. `None` where the length is more than the address has bits.
+    #[must_use]
+    pub fn new(address: IpAddr, len: u8) -> Option<Self> {
+        let (v6, bits) = match address {
+            IpAddr::V4(a) => (false, u128::from(u32::from(a)) << 96),
+            IpAddr::V6(a) => (true, u128::from(a)),
+        };
+        let most = if v6 { 128 } else { 32 };
+        (len <= most).then(|| Self { v6, bits: bits & mask(len), len })
+    }
+
+    /// Length of the prefix in bits.
+    #[must_use]
+    pub fn prefix_len(&self) -> u8 {
+        self.len
+    }
+
+    /// Whether it is the whole address space of its family.
+    #[must_use]
+    pub fn is_everything(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The first address of the prefix.
+    #[must_use]
+    pub fn address(&self) -> Address {
+        let bytes = self.bits.to_be_bytes();
+        if self.v6 {
+            Address::V6(bytes)
+        } else {
+            Address::V4([bytes[0], bytes[1], bytes[2], bytes[3]])
+        }
+    }
+
+    /// Whether every address of `other` is in this prefix.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        self.v6 == other.v6 && self.len <= other.len && other.bits & mask(self.len) == self.bits
+    }
+}
+
+fn mask(len: u8) -> u128 {
+    if len == 0 { 0 } else { u128::MAX << (128 - u32::from(len)) }
+}
+
+impl FromStr for Cidr {
+    type Err = String;
+
+    /// Reads `10.0.0.0/8`, `fd00::/64`, or a single address.
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (address, len) = match s.split_once('/') {
+            Some((address, len)) => (address, Some(len)),
+            None => (s, None),
+        };
+        let address: IpAddr = address.parse().map_err(|_| String::from("not an IP address"))?;
+        let most = if address.is_ipv6() { 128 } else { 32 };
+        let len = match len {
+            Some(len) => len.parse().map_err(|_| String::from("the prefix length is not a number"))?,
+            None => most,
+        };
+        Self::new(address, len).ok_or_else(|| std::format!("the prefix is longer than {most} bits"))
+    }
+}
+
+impl fmt::Display for Cidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = match self.address() {
+            Address::V4(a) => IpAddr::from(a),
+            Address::V6(a) => IpAddr::from(a),
+        };
+        write!(f, "{address}/{}", self.len)
+    }
+}
+
+/// Ports from the first to the last, both included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// The first.
+    pub first: u16,
+    /// The last, not less than the first.
+    pub last: u16,
+}
+
+/// One peer of a rule: a packet matches where every dimension does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Clause {
+    /// Whether packets that leave the target match.
+    pub egress: bool,
+    /// Whether packets that arrive at the target match.
+    pub ingress: bool,
+    /// Addresses of the peer; none: any.
+    pub cidrs: Vec<Cidr>,
+    /// Ports of the peer; none: any, and packets without ports.
+    pub peer_ports: Vec<Ports>,
+    /// Ports of the target; none: any, and packets without ports.
+    pub local_ports: Vec<Ports>,
+    /// The protocol; none: any.
+    pub protocol: Option<Protocol>,
+}
+
+/// The entries of the trie for clauses at given bits. The lookup finds only the longest prefix, so each entry carries
+/// the bits of every prefix that covers it.
+#[must_use]
+pub fn prefixes<'a>(clauses: impl IntoIterator<Item = (usize, &'a Clause)>) -> BTreeMap<Cidr, u64> {
+    let mut entries = BTreeMap::new();
+    for (bit, clause) in clauses {
+        for cidr in &clause.cidrs {
+            *entries.entry(*cidr).or_insert(0) |= 1 << bit;
+        }
+    }
+    // In this order a prefix comes after all that cover it, and what lies between them is covered too.
+    let mut covering: Vec<(Cidr, u64)> = Vec::new();
+    for (cidr, set) in &mut entries {
+        while covering.pop_if(|(last, _)| !last.covers(cidr)).is_some() {}
+        *set |= covering.last().map_or(0, |(_, set)| *set);
+        covering.push((*cidr, *set));
+    }
+    entries
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, option, prelude::*};
+    use std::{boxed::Box, string::ToString};
+
+    use super::*;
+    use crate::{
+        matching::{self, Lookup},
+        packet::Packet,
+        table::{Cell, Direction, Table},
+    };
+
+    fn cidr(s: &str) -> Cidr {
+        s.parse().unwrap()
+    }
+
+    #[test]
+    fn cidrs_are_read_and_written() {
+        assert_eq!(cidr("10.1.2.3/8").to_string(), "10.0.0.0/8");
+        assert_eq!(cidr("10.1.2.3").to_string(), "10.1.2.3/32");
+        assert_eq!(cidr("fd00::1/64").to_string(), "fd00::/64");
+        assert_eq!(cidr("::/0").to_string(), "::/0");
+        for wrong in ["10.0.0.0/33", "::/129", "10.0.0/8", "redis", "10.0.0.1/", "10.0.0.1/x", "", "10.0.0.1/-1"] {
+            assert!(wrong.parse::<Cidr>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_longer_prefix_carries_the_bits_of_the_shorter() {
+        let clause = |cidrs: &[&str]| Clause {
+            egress: true,
+            ingress: true,
+            cidrs: cidrs.iter().map(|s| cidr(s)).collect(),
+            peer_ports: Vec::new(),
+            local_ports: Vec::new(),
+            protocol: None,
+        };
+        let (a, b) = (clause(&["10.0.0.0/8", "10.2.0.0/16"]), clause(&["10.1.0.0/16", "10.1.2.0/24"]));
+        let c = clause(&["0.0.0.0/0", "fd00::/8"]);
+        let entries = prefixes([(0, &a), (1, &b), (2, &c)]);
+        let of = |s: &str| entries[&cidr(s)];
+        assert_eq!(of("0.0.0.0/0"), 0b100);
+        assert_eq!(of("10.0.0.0/8"), 0b101);
+        assert_eq!(of("10.1.0.0/16"), 0b111);
+        assert_eq!(of("10.1.2.0/24"), 0b111);
+        assert_eq!(of("10.2.0.0/16"), 0b101);
+        assert_eq!(of("fd00::/8"), 0b100);
+    }
+
+    /// The kernel's maps, done plainly.
+    struct Maps<'a> {
+        trie: BTreeMap<Cidr, u64>,
+        clauses: &'a [Clause],
+    }
+
+    impl Lookup for Maps<'_> {
+        fn peer(&self, address: Address) -> u64 {
+            let host = host(address);
+            let best = self.trie.iter().filter(|(c, _)| c.covers(&host)).max_by_key(|(c, _)| c.len);
+            best.map_or(0, |(_, set)| *set)
+        }
+
+        fn peer_port(&self, port: u16) -> u64 {
+            bits(self.clauses, |c| c.peer_ports.iter().any(|p| p.first <= port && port <= p.last))
+        }
+
+        fn local_port(&self, port: u16) -> u64 {
+            bits(self.clauses, |c| c.local_ports.iter().any(|p| p.first <= port && port <= p.last))
+        }
+    }
+
+    fn host(address: Address) -> Cidr {
+        match address {
+            Address::V4(a) => Cidr::new(IpAddr::from(a), 32).unwrap(),
+            Address::V6(a) => Cidr::new(IpAddr::from(a), 128).unwrap(),
+        }
+    }
+
+    fn bits(clauses: &[Clause], f: impl Fn(&Clause) -> bool) -> u64 {
+        clauses.iter().enumerate().filter(|(_, c)| f(c)).fold(0, |set, (i, _)| set | 1 << i)
+    }
+
+    /// What a person means by a clause.
+    fn means(clause: &Clause, packet: &Packet, way: Direction) -> bool {
+        let within = |ports: &[Ports], port: Option<u16>| match port {
+            _ if ports.is_empty() => true,
+            Some(port) => ports.iter().any(|p| (p.first..=p.last).contains(&port)),
+            None => false,
+        };
+        (match way {
+            Direction::Egress => clause.egress,
+            Direction::Ingress => clause.ingress,
+        }) && clause.protocol.is_none_or(|p| p == packet.protocol)
+            && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host(packet.peer))))
+            && within(&clause.peer_ports, packet.ports.map(|p| p.0))
+            && within(&clause.local_ports, packet.ports.map(|p| p.1))
+    }
+
+    fn protocols() -> impl Strategy<Value = Protocol> {
+        prop_oneof![
+            Just(Protocol::Other),
+            Just(Protocol::Tcp),
+            Just(Protocol::Udp),
+            Just(Protocol::Icmp)
+        ]
+    }
+
+    // Few different values, so that they meet.
+    fn addresses() -> impl Strategy<Value = Address> {
+        prop_oneof![
+            (0..3_u8, 0..3_u8).prop_map(|(a, b)| Address::V4([10, a, 0, b])),
+            (0..3_u8, 0..3_u8).prop_map(|(a, b)| {
+                Address::V6([0xfd, a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b])
+            }),
+        ]
+    }
+
+    fn cidrs() -> impl Strategy<Value = Cidr> {
+        (addresses(), 0..=128_u8).prop_map(|(address, len)| match address {
+            Address::V4(a) => Cidr::new(IpAddr::from(a), len / 4).unwrap(),
+            Address::V6(a) => Cidr::new(IpAddr::from(a), len).unwrap(),
+        })
+    }
+
+    fn ports() -> impl Strategy<Value = Ports> {
+        (0..12_u16, 0..4_u16).prop_map(|(first, more)| Ports { first, last: first + more })
+    }
+
+    prop_compose! {
+        fn clauses()(
+            egress: bool, ingress: bool, cidrs in vec(cidrs(), 0..6), peer_ports in vec(ports(), 0..3),
+            local_ports in vec(ports(), 0..3), protocol in option::of(protocols()),
+        ) -> Clause {
+            Clause { egress, ingress, cidrs, peer_ports, local_ports, protocol }
+        }
+    }
+
+    prop_compose! {
+        fn packets()(
+            peer in addresses(), protocol in protocols(), ports in option::of((0..16_u16, 0..16_u16)),
+        ) -> Packet {
+            Packet { peer, protocol, ports }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bit_vectors_say_what_the_clauses_mean(
+            clauses in vec(clauses(), 0..64), packets in vec(packets(), 1..50),
+        ) {
+            let table = table();
+            for (way, i) in [(Direction::Egress, 0), (Direction::Ingress, 1)] {
+                let live = bits(&clauses, |c| if i == 0 { c.egress } else { c.ingress });
+                table.live[way as usize].store(live);
+            }
+            table.any_peer.store(bits(&clauses, |c| c.cidrs.is_empty()));
+            table.any_peer_port.store(bits(&clauses, |c| c.peer_ports.is_empty()));
+            table.any_local_port.store(bits(&clauses, |c| c.local_ports.is_empty()));
+            for p in [Protocol::Other, Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
+                let set = bits(&clauses, |c| c.protocol.is_none_or(|q| p == q));
+                table.protocol[p as usize].store(set);
+            }
+            let maps = Maps { trie: prefixes(clauses.iter().enumerate()), clauses: &clauses };
+            for packet in &packets {
+                for way in [Direction::Egress, Direction::Ingress] {
+                    let set = matching::candidates(&table, matching::live(&table, way), packet, &maps);
+                    prop_assert_eq!(set, bits(&clauses, |c| means(c, packet, way)), "{:?} {:?}", packet, way);
+                }
+            }
+        }
+    }
+
+    fn table() -> Box<Table> {
+        let zero = || Cell::new(0);
+        let rule = || crate::table::Rule {
+            not_before: zero(),
+            until: zero(),
+            share: zero(),
+            loss: zero(),
+            latency: zero(),
+            jitter: zero(),
+            seed: zero(),
+            matched: zero(),
+            bytes: zero(),
+            dropped: zero(),
+            delayed: zero(),
+            failed: zero(),
+            first_match: zero(),
+        };
+        Box::new(Table {
+            live: [zero(), zero()],
+            any_peer: zero(),
+            any_peer_port: zero(),
+            any_local_port: zero(),
+            protocol: core::array::from_fn(|_| zero()),
+            rule_of: core::array::from_fn(|_| zero()),
+            guard: zero(),
+            link_header: zero(),
+            ifindex: zero(),
+            edt: zero(),
+            tap: [zero(), zero()],
+            rules: core::array::from_fn(|_| rule()),
+        })
+    }
+}
