@@ -53,7 +53,8 @@ fn build() -> Result<(), String> {
         .env("RUSTC", &rustc)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", "-Cdebuginfo=2\u{1f}-Clink-arg=--btf")
-        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &linker);
+        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &linker)
+        .env("LD_LIBRARY_PATH", llvm_directories(&rustc)?);
     let status = cargo.status().map_err(|e| format!("cannot run {cargo:?}: {e}"))?;
     if !status.success() {
         return Err(format!("compiling the eBPF programs with {} failed: {status}", rustc.display()));
@@ -109,6 +110,16 @@ fn check_rustc(rustc: &Path) -> Result<(), String> {
         return Err(format!("its LLVM {llvm} is newer than bpf-linker's {NEWEST_LLVM}"));
     }
     Ok(())
+}
+
+/// Where bpf-linker finds the LLVM that it loads: beside a compiler, this one or the one of the outer build.
+fn llvm_directories(rustc: &Path) -> Result<OsString, String> {
+    let mut directories = Vec::new();
+    for rustc in [rustc, Path::new(&var("RUSTC")?)] {
+        let sysroot = output(Command::new(rustc).args(["--print", "sysroot"]))?;
+        directories.push(Path::new(&sysroot).join("lib"));
+    }
+    env::join_paths(directories).map_err(|e| format!("the path of a compiler: {e}"))
 }
 
 /// bpf-linker, from PATH or from cargo's own directory, which need not be in PATH.

@@ -4,7 +4,6 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use squall_proto::v1;
 
-use crate::event::{ProbeOutline, RoundOutline};
 
 pub(crate) mod fault;
 mod read;
@@ -320,53 +319,7 @@ impl Measure {
     }
 }
 
-impl Probe {
-    /// As announced at the start of a run.
-    #[must_use]
-    pub fn outline(&self) -> ProbeOutline {
-        let (kind, summary, unit) = match self {
-            Self::Load(load) => {
-                let Load { method, url, rate, expect, .. } = load;
-                let within = time(expect.within);
-                ("load", format!("{method} {url} at {rate}/s, {} within {within}", expect.status), "seconds")
-            }
-            Self::Scrape(scrape) => {
-                let labels: Vec<String> = scrape.labels.iter().map(|(k, v)| format!("{k}={v:?}")).collect();
-                let labels =
-                    if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
-                let every = time(scrape.every);
-                let unit = if scrape.metric.contains("_bytes") {
-                    "bytes"
-                } else if scrape.metric.contains("_seconds") {
-                    "seconds"
-                } else {
-                    "1"
-                };
-                ("scrape", format!("{}{labels} of {} every {every}", scrape.metric, scrape.url), unit)
-            }
-            Self::Agent { target, measure } => {
-                let unit = if *measure == Measure::Rss { "bytes" } else { "1" };
-                ("agent", format!("{} of {target}", measure.name()), unit)
-            }
-        };
-        ProbeOutline { kind: kind.into(), summary, unit: unit.into() }
-    }
-}
-
 impl Round {
-    /// As announced at the start of a run.
-    #[must_use]
-    pub fn outline(&self) -> RoundOutline {
-        RoundOutline {
-            name: self.name.clone(),
-            baseline: self.baseline.as_secs_f64(),
-            hold: self.hold.as_secs_f64(),
-            recovery: self.recovery.as_secs_f64(),
-            faults: self.faults.iter().map(|f| f.summary.clone()).collect(),
-            gates: self.gates.iter().map(Gate::outline).collect(),
-        }
-    }
-
     /// The longest it can take.
     #[must_use]
     pub fn longest(&self) -> Duration {
