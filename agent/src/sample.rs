@@ -97,7 +97,7 @@ fn generation(processes: &[Process]) -> String {
         hash.update(process.pid.to_le_bytes());
         hash.update(process.start_time.to_le_bytes());
     }
-    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", hash.finalize())
 }
 
 #[cfg(test)]

@@ -281,7 +281,7 @@ impl Memory {
     /// `memory.events.local`: with its descendants).
     ///
     /// The kernel counts a kill in the cgroup of the process it killed, not in the one whose limit was hit
-    /// [mm/oom_kill.c, `__oom_kill_process`, 6.1]; v1 does not pass it on to ancestors [include/linux/memcontrol.h,
+    /// [`mm/oom_kill.c`, `__oom_kill_process`, 6.1]; v1 does not pass it on to ancestors [include/linux/memcontrol.h,
     /// `memcg_memory_event`, 6.1].
     pub fn oom_kills(&self) -> Option<u64> {
         let files: &[&str] = match self.version {
@@ -321,9 +321,9 @@ pub fn node_memory() -> io::Result<(u64, u64)> {
 }
 
 /// A list of CPUs: `0-2,5`.
-pub fn parse_cpus(list: &str) -> Option<Vec<usize>> {
+pub fn parse_cpus(text: &str) -> Option<Vec<usize>> {
     let mut cpus = Vec::new();
-    for part in list.split(',').filter(|part| !part.is_empty()) {
+    for part in text.split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         cpus.extend(first.parse::<usize>().ok()?..=last.parse::<usize>().ok()?);
     }

@@ -44,7 +44,7 @@ pub fn is_kernel_thread(stat: &Stat) -> bool {
 /// The executable, by the path it was started from; none for kernel threads, zombies, and without the right to look.
 ///
 /// The kernel marks a file that was replaced or removed since (an upgrade) with " (deleted)"; the mark is taken off
-/// [fs/d_path.c, 6.1].
+/// [`fs/d_path.c`, 6.1].
 pub fn exe(pid: i32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok().map(|path| undelete(&path))
 }
@@ -99,7 +99,8 @@ pub fn descriptors(pid: i32) -> Option<u64> {
     procfs::process::Process::new(pid).ok()?.fd_count().ok().map(|count| count as u64)
 }
 
-/// Resident memory, bytes. From statm, which is exact from 6.16 on (`get_mm_counter_sum` in fs/proc/task_mmu.c); stat
+/// Resident memory, bytes. From statm, which is exact from 6.16 on (`get_mm_counter_sum` in
+/// `fs/proc/task_mmu.c`); stat
 /// leaves out what is still counted per CPU.
 pub fn resident(pid: i32) -> Option<u64> {
     let memory = procfs::process::StatM::from_file(format!("/proc/{pid}/statm")).ok()?;
