@@ -51,6 +51,12 @@ impl Cell {
         self.0.as_ptr()
     }
 
+    /// Adds.
+    #[cfg(any(test, feature = "user"))]
+    pub fn add(&self, by: u64) {
+        self.0.fetch_add(by, core::sync::atomic::Ordering::Relaxed);
+    }
+
     /// Sets bits.
     #[cfg(any(test, feature = "user"))]
     pub fn set(&self, bits: u64) {

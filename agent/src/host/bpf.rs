@@ -1,0 +1,304 @@
+//! Our eBPF programs and their maps.
+
+use std::{
+    io,
+    num::NonZeroUsize,
+    ops::Deref,
+    os::fd::{AsFd, BorrowedFd},
+    ptr::NonNull,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, anyhow};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{
+        Map, MapData,
+        lpm_trie::{Key, LpmTrie},
+    },
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType,
+        tc::{NlOptions, TcAttachOptions, qdisc_detach_program},
+    },
+    util::KernelVersion,
+};
+use aya_log::EbpfLogger;
+use nix::sys::{
+    mman::{MapFlags, ProtFlags, mmap, munmap},
+    resource::{RLIM_INFINITY, Resource, setrlimit},
+};
+use squall_common::{
+    packet::Address,
+    rules::Cidr,
+    table::{Bucket, Cell, Direction, HISTOGRAM, PORTS, Table},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    runtime::Handle,
+    task::AbortHandle,
+};
+
+/// The object that build.rs compiled.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/squall-tc"));
+
+/// One of our programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// On an interface.
+    Port(Direction),
+    /// On a TAP device, in front of the queue.
+    TapOut,
+    /// On a TAP device, behind the queue.
+    TapIn,
+}
+
+impl Program {
+    const ALL: [Self; 4] =
+        [Self::Port(Direction::Egress), Self::Port(Direction::Ingress), Self::TapOut, Self::TapIn];
+
+    /// The symbol in the object. It is also the name of the filter where there is no TCX.
+    fn name(self) -> &'static str {
+        // Atomics that return the value before are of 5.12 (kernel/bpf/verifier.c, BPF_FETCH).
+        let fetch = KernelVersion::at_least(5, 12, 0);
+        match self {
+            Self::Port(Direction::Egress) if fetch => "squall_egress",
+            Self::Port(Direction::Ingress) if fetch => "squall_ingress",
+            Self::Port(Direction::Egress) => "squall_egress_510",
+            Self::Port(Direction::Ingress) => "squall_ingress_510",
+            Self::TapOut => "squall_tap_out",
+            Self::TapIn => "squall_tap_in",
+        }
+    }
+
+    fn hook(self) -> TcAttachType {
+        match self {
+            Self::Port(Direction::Egress) | Self::TapOut => TcAttachType::Egress,
+            Self::Port(Direction::Ingress) | Self::TapIn => TcAttachType::Ingress,
+        }
+    }
+}
+
+/// How a program is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    /// By a link that ends with the agent (Linux 6.6).
+    Tcx,
+    /// As a filter of a clsact qdisc, which stays until it is removed.
+    Clsact,
+}
+
+/// A loaded set of programs with maps of their own.
+pub struct Programs {
+    ebpf: Ebpf,
+    table: Arc<Mapped<Table>>,
+    ports: Mapped<[Cell; PORTS]>,
+    delays: Arc<Mapped<[Bucket; HISTOGRAM]>>,
+    v4: LpmTrie<MapData, [u8; 4], u64>,
+    v6: LpmTrie<MapData, [u8; 16], u64>,
+    logger: AbortHandle,
+}
+
+/// A set that is loaded already: the verifier takes longer than a fault should take to begin.
+static SPARE: Mutex<Option<Programs>> = Mutex::new(None);
+
+impl Programs {
+    /// A set of programs, ready to attach. Must be called within the runtime.
+    pub fn get() -> Result<Self> {
+        let spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let programs = match spare {
+            Some(programs) => programs,
+            None => Self::load()?,
+        };
+        Handle::current().spawn_blocking(Self::keep_spare);
+        Ok(programs)
+    }
+
+    /// Loads a spare set, unless there is one. Must be called within the runtime.
+    pub fn keep_spare() {
+        let full = || SPARE.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if full() {
+            return;
+        }
+        match Self::load() {
+            Ok(programs) => {
+                SPARE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(programs);
+            }
+            Err(error) => tracing::warn!("loading the eBPF programs ahead of need: {error:#}"),
+        }
+    }
+
+    fn load() -> Result<Self> {
+        // Maps count as locked memory before 5.11. Where raising the limit is refused, loading says what it lacks.
+        if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+            tracing::debug!("raising the limit of locked memory: {error}");
+        }
+        let mut ebpf = EbpfLoader::new().load(OBJECT).context("creating the eBPF maps")?;
+        for program in Program::ALL {
+            let name = program.name();
+            classifier(&mut ebpf, program)?
+                .load()
+                .with_context(|| format!("the kernel refuses the eBPF program {name}"))?;
+        }
+        let mut map = |name: &str| ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"));
+        let table = Arc::new(Mapped::new(map("TABLE")?)?);
+        let ports = Mapped::new(map("PORT_SETS")?)?;
+        let delays = Arc::new(Mapped::new(map("DELAYS")?)?);
+        let v4 = LpmTrie::try_from(map("PEERS_V4")?)?;
+        let v6 = LpmTrie::try_from(map("PEERS_V6")?)?;
+        let logger = forward_log(&mut ebpf)?;
+        Ok(Self { ebpf, table, ports, delays, v4, v6, logger })
+    }
+
+    /// Attaches a program to an interface of the calling thread's network namespace, before all others.
+    pub fn attach(&mut self, program: Program, interface: &str, hook: Hook) -> Result<()> {
+        let options = match hook {
+            Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
+            // Priority 0: the kernel takes the one before the first (net/sched/cls_api.c, tcf_auto_prio).
+            Hook::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
+        };
+        classifier(&mut self.ebpf, program)?
+            .attach_with_options(interface, program.hook(), options)
+            .with_context(|| format!("attaching {} to {interface}", program.name()))?;
+        Ok(())
+    }
+
+    /// The rules.
+    pub fn table(&self) -> &Arc<Mapped<Table>> {
+        &self.table
+    }
+
+    /// The histograms of delays.
+    pub fn delays(&self) -> &Arc<Mapped<[Bucket; HISTOGRAM]>> {
+        &self.delays
+    }
+
+    /// The clauses by port.
+    pub fn ports(&self) -> &[Cell; PORTS] {
+        &self.ports
+    }
+
+    /// Says which clauses an address prefix satisfies.
+    pub fn set_peers(&mut self, cidr: &Cidr, clauses: u64) -> Result<()> {
+        let len = u32::from(cidr.prefix_len());
+        match cidr.address() {
+            Address::V4(a) => self.v4.insert(&Key::new(len, a), clauses, 0),
+            Address::V6(a) => self.v6.insert(&Key::new(len, a), clauses, 0),
+        }
+        .with_context(|| format!("writing {cidr} into the map of peers"))
+    }
+
+    /// Forgets an address prefix.
+    pub fn remove_peers(&mut self, cidr: &Cidr) -> Result<()> {
+        let len = u32::from(cidr.prefix_len());
+        match cidr.address() {
+            Address::V4(a) => self.v4.remove(&Key::new(len, a)),
+            Address::V6(a) => self.v6.remove(&Key::new(len, a)),
+        }
+        .with_context(|| format!("removing {cidr} from the map of peers"))
+    }
+}
+
+impl Drop for Programs {
+    fn drop(&mut self) {
+        self.logger.abort();
+    }
+}
+
+/// Removes our filters from an interface of the calling thread's network namespace, whichever agent put them there.
+pub fn remove_filters(interface: &str) -> Result<()> {
+    for name in ["squall_egress", "squall_egress_510", "squall_ingress", "squall_ingress_510"] {
+        let hook = if name.contains("egress") { TcAttachType::Egress } else { TcAttachType::Ingress };
+        match qdisc_detach_program(interface, hook, name) {
+            Err(aya::programs::tc::TcError::IoError(e)) if e.kind() == io::ErrorKind::NotFound => {}
+            result => result.with_context(|| format!("removing the filter {name} from {interface}"))?,
+        }
+    }
+    Ok(())
+}
+
+fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
+    let name = program.name();
+    let program = ebpf.program_mut(name).ok_or_else(|| anyhow!("the eBPF object has no program {name}"))?;
+    program.try_into().with_context(|| format!("{name} is no classifier"))
+}
+
+/// Passes on what the programs log, through the `log` crate, whose lines the agent's subscriber takes.
+fn forward_log(ebpf: &mut Ebpf) -> Result<AbortHandle> {
+    let logger = EbpfLogger::init(ebpf).context("opening the log of the eBPF programs")?;
+    let runtime = Handle::current();
+    let _inside = runtime.enter();
+    let mut logger = AsyncFd::with_interest(logger, Interest::READABLE).context("watching the log")?;
+    let task = runtime.spawn(async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    });
+    Ok(task.abort_handle())
+}
+
+/// What may be shared with a program as memory.
+///
+/// # Safety
+///
+/// The type consists of [`Cell`]s only, so that any bytes are valid and both sides may write at any time.
+pub unsafe trait Shared {}
+
+// SAFETY: cells only.
+unsafe impl Shared for Table {}
+// SAFETY: cells only.
+unsafe impl Shared for [Cell; PORTS] {}
+// SAFETY: a bucket is two cells.
+unsafe impl Shared for [Bucket; HISTOGRAM] {}
+
+/// The memory of an array map.
+#[derive(Debug)]
+pub struct Mapped<T: Shared> {
+    memory: NonNull<T>,
+}
+
+// SAFETY: all access is through cells, which are atomic in the agent.
+unsafe impl<T: Shared> Send for Mapped<T> {}
+// SAFETY: as above.
+unsafe impl<T: Shared> Sync for Mapped<T> {}
+
+impl<T: Shared> Mapped<T> {
+    fn new(map: Map) -> Result<Self> {
+        let Map::Array(map) = map else { return Err(anyhow!("the map is no array")) };
+        let needed = size_of::<T>() as u64;
+        let info = map.info().context("asking for the size of a map")?;
+        let has = u64::from(info.max_entries()) * u64::from(info.value_size().next_multiple_of(8));
+        if has < needed {
+            return Err(anyhow!("a map has {has} bytes instead of {needed}"));
+        }
+        Self::map(map.fd().as_fd()).context("mapping an eBPF map into memory")
+    }
+
+    fn map(fd: BorrowedFd<'_>) -> Result<Self> {
+        let length = NonZeroUsize::new(size_of::<T>()).context("an empty type")?;
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let memory = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, 0) }?;
+        Ok(Self { memory: memory.cast() })
+    }
+}
+
+impl<T: Shared> Deref for Mapped<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        // SAFETY: the mapping lives as long as self, is page aligned, was checked to be large enough, and any bytes are
+        // a valid T.
+        unsafe { self.memory.as_ref() }
+    }
+}
+
+impl<T: Shared> Drop for Mapped<T> {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, with its own length; no reference outlives self.
+        let result = unsafe { munmap(self.memory.cast(), size_of::<T>()) };
+        if let Err(error) = result {
+            tracing::error!("unmapping an eBPF map: {error}");
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Interfaces, qdiscs and filters of the calling thread's network namespace, over netlink.
+
+use std::io;
+
+use anyhow::{Context, Result, bail};
+use rtnetlink::{
+    packet_core::{
+        DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+        NetlinkMessage, NetlinkPayload,
+    },
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
+        tc::{TcAttribute, TcHandle, TcHeader, TcMessage, TcOption, TcStats2},
+    },
+    sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
+};
+
+/// The handle of a root qdisc that we put there: nobody else picks it, so nothing else is ever removed.
+pub const OUR_QDISC: TcHandle = TcHandle { major: 0x5ca1, minor: 0 };
+/// Names of our filters begin like this.
+pub const OUR_FILTERS: &str = "squall_";
+
+/// An interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Whether it is the loopback interface.
+    pub loopback: bool,
+    /// Length of the header in front of the network layer; `None` for link layers we know nothing about.
+    pub link_header: Option<u8>,
+}
+
+/// A qdisc.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qdisc {
+    /// Its kind: `fq`, `noqueue`, …
+    pub kind: String,
+    /// Its handle. Major 0 is the kernel's own choice, made again when another is removed.
+    pub handle: TcHandle,
+    /// Where it hangs.
+    pub parent: TcHandle,
+    /// Packets in it.
+    pub packets: u32,
+}
+
+/// A connection to the kernel's tables in one network namespace.
+pub struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Netlink {
+    /// Opens it in the calling thread's network namespace.
+    pub fn open() -> Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE).context("opening a netlink socket")?;
+        socket.bind_auto().context("binding a netlink socket")?;
+        socket.connect(&SocketAddr::new(0, 0)).context("connecting a netlink socket")?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// All interfaces.
+    pub fn interfaces(&mut self) -> Result<Vec<Interface>> {
+        let replies = self
+            .call(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .context("listing the interfaces")?;
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewLink(link) => Some(interface(&link)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// The qdiscs of an interface.
+    pub fn qdiscs(&mut self, index: u32) -> Result<Vec<Qdisc>> {
+        let mut message = TcMessage::with_index(index as i32);
+        // Without this the kernel keeps defaults such as noqueue to itself (TCA_DUMP_INVISIBLE, Linux 4.13).
+        message.attributes.push(TcAttribute::DumpInvisible(true));
+        let replies = self
+            .call(RouteNetlinkMessage::GetQueueDiscipline(message), NLM_F_DUMP)
+            .with_context(|| format!("listing the qdiscs of interface {index}"))?;
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewQueueDiscipline(m) if m.header.index == index as i32 => Some(qdisc(&m)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// The root qdisc of an interface.
+    pub fn root_qdisc(&mut self, index: u32) -> Result<Option<Qdisc>> {
+        Ok(self.qdiscs(index)?.into_iter().find(|qdisc| qdisc.parent == TcHandle::ROOT))
+    }
+
+    /// Whether the interface has a clsact qdisc.
+    pub fn has_clsact(&mut self, index: u32) -> Result<bool> {
+        Ok(self.qdiscs(index)?.iter().any(|qdisc| qdisc.kind == "clsact"))
+    }
+
+    /// Adds a clsact qdisc.
+    pub fn add_clsact(&mut self, index: u32) -> Result<()> {
+        let message = clsact(index);
+        self.call(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
+            .with_context(|| format!("adding a clsact qdisc to interface {index}"))?;
+        Ok(())
+    }
+
+    /// Removes the clsact qdisc, unless it has filters left, which then are not ours.
+    pub fn remove_empty_clsact(&mut self, index: u32) -> Result<()> {
+        for parent in [FILTERS_INGRESS, FILTERS_EGRESS] {
+            if self.has_filters(index, parent)? {
+                return Ok(());
+            }
+        }
+        match self.call(RouteNetlinkMessage::DelQueueDiscipline(clsact(index)), NLM_F_ACK) {
+            Err(e) if !is_gone(&e) => Err(e.context(format!("removing the clsact qdisc of interface {index}"))),
+            _ => Ok(()),
+        }
+    }
+
+    fn has_filters(&mut self, index: u32, parent: TcHandle) -> Result<bool> {
+        let mut message = TcMessage::with_index(index as i32);
+        message.header.parent = parent;
+        let replies = self
+            .call(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_DUMP)
+            .with_context(|| format!("listing the filters of interface {index}"))?;
+        Ok(!replies.is_empty())
+    }
+
+    /// Makes an sch_fq that keeps departure times the root qdisc.
+    pub fn set_root_fq(&mut self, index: u32) -> Result<()> {
+        let mut message = TcMessage::with_index(index as i32);
+        message.header.parent = TcHandle::ROOT;
+        message.header.handle = OUR_QDISC;
+        message.attributes.push(TcAttribute::Kind("fq".to_owned()));
+        message.attributes.push(TcAttribute::Options(fq_options()));
+        self.call(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
+            .with_context(|| format!("making sch_fq the root qdisc of interface {index}"))?;
+        Ok(())
+    }
+
+    /// Removes our root qdisc; the kernel puts its default back. Anything else at the root stays.
+    pub fn remove_root_fq(&mut self, index: u32) -> Result<()> {
+        match self.root_qdisc(index)? {
+            Some(root) if root.kind == "fq" && root.handle == OUR_QDISC => {}
+            _ => return Ok(()),
+        }
+        let mut message = TcMessage::with_index(index as i32);
+        message.header.parent = TcHandle::ROOT;
+        message.header.handle = OUR_QDISC;
+        match self.call(RouteNetlinkMessage::DelQueueDiscipline(message), NLM_F_ACK) {
+            Err(e) if !is_gone(&e) => Err(e.context(format!("removing our sch_fq from interface {index}"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends a request and collects what comes back.
+    fn call(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<Vec<RouteNetlinkMessage>> {
+        self.sequence += 1;
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0).context("sending to netlink")?;
+
+        let mut replies = Vec::new();
+        loop {
+            let (bytes, _) = self.socket.recv_from_full().context("receiving from netlink")?;
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let reply = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .context("reading what netlink sent")?;
+                let length = (reply.header.length as usize).next_multiple_of(4).clamp(16, rest.len());
+                rest = &rest[length..];
+                if reply.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match reply.payload {
+                    NetlinkPayload::InnerMessage(message) => replies.push(message),
+                    NetlinkPayload::Done(_) => return Ok(replies),
+                    NetlinkPayload::Error(e) if e.code.is_none() => return Ok(replies),
+                    NetlinkPayload::Error(e) => return Err(e.to_io().into()),
+                    _ => bail!("netlink lost messages"),
+                }
+            }
+        }
+    }
+}
+
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)` of linux/pkt_sched.h.
+const FILTERS_INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff2 };
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)`.
+const FILTERS_EGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff3 };
+
+/// What the kernel answers where the thing to be removed is not there.
+fn is_gone(error: &anyhow::Error) -> bool {
+    let gone = [libc::ENOENT, libc::EINVAL, libc::ENODEV].map(Some);
+    error.downcast_ref::<io::Error>().is_some_and(|e| gone.contains(&e.raw_os_error()))
+}
+
+fn clsact(index: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(index as i32);
+    message.header = TcHeader {
+        index: index as i32,
+        handle: TcHandle { major: 0xffff, minor: 0 },
+        parent: TcHandle::CLSACT,
+        ..TcHeader::default()
+    };
+    message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
+    message
+}
+
+/// Options of sch_fq (linux/pkt_sched.h, `TCA_FQ_*`): room for everything a delay holds back, a horizon beyond the longest
+/// delay, and no pacing of packets that are none of ours.
+fn fq_options() -> Vec<TcOption> {
+    const PLIMIT: u16 = 1;
+    const FLOW_PLIMIT: u16 = 2;
+    const RATE_ENABLE: u16 = 5;
+    const BUCKETS_LOG: u16 = 8;
+    const ORPHAN_MASK: u16 = 10;
+    const TIMER_SLACK: u16 = 13;
+    const HORIZON: u16 = 14;
+    const HORIZON_DROP: u16 = 15;
+    let number = |kind: u16, value: u32| TcOption::Other(DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
+    vec![
+        number(PLIMIT, 1_000_000),
+        number(FLOW_PLIMIT, 1_000_000),
+        number(RATE_ENABLE, 0),
+        number(BUCKETS_LOG, 14),
+        number(ORPHAN_MASK, 0xffff),
+        number(TIMER_SLACK, 1_000),
+        number(HORIZON, 130_000_000),
+        TcOption::Other(DefaultNla::new(HORIZON_DROP, vec![0])),
+    ]
+}
+
+fn interface(link: &LinkMessage) -> Interface {
+    let name = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    });
+    Interface {
+        name: name.unwrap_or_default(),
+        index: link.header.index,
+        up: link.header.flags.contains(LinkFlags::Up),
+        loopback: link.header.flags.contains(LinkFlags::Loopback),
+        link_header: match link.header.link_layer_type {
+            LinkLayerType::Ether | LinkLayerType::Loopback => Some(14),
+            LinkLayerType::None | LinkLayerType::Ppp | LinkLayerType::Rawip => Some(0),
+            _ => None,
+        },
+    }
+}
+
+fn qdisc(message: &TcMessage) -> Qdisc {
+    let mut qdisc = Qdisc {
+        kind: String::new(),
+        handle: message.header.handle,
+        parent: message.header.parent,
+        packets: 0,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            TcAttribute::Kind(kind) => qdisc.kind.clone_from(kind),
+            TcAttribute::Stats2(stats) => {
+                for stat in stats {
+                    if let TcStats2::Queue(queue) = stat {
+                        qdisc.packets = queue.qlen;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    qdisc
+}
