@@ -4,6 +4,7 @@ use std::{
     env,
     ffi::OsString,
     fs, io,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, exit},
 };
@@ -34,6 +35,7 @@ fn build() -> Result<(), String> {
 
     let rustc = find_rustc()?;
     let linker = find_linker()?;
+    let llvm = only_llvm(&rustc, &out)?;
     let target_dir = out.join("ebpf");
     let mut cargo = Command::new(var("CARGO")?);
     cargo
@@ -54,7 +56,7 @@ fn build() -> Result<(), String> {
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", "-Cdebuginfo=2\u{1f}-Clink-arg=--btf")
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &linker)
-        .env("LD_LIBRARY_PATH", llvm_directories(&rustc)?);
+        .env("LD_LIBRARY_PATH", &llvm);
     let status = cargo.status().map_err(|e| format!("cannot run {cargo:?}: {e}"))?;
     if !status.success() {
         return Err(format!("compiling the eBPF programs with {} failed: {status}", rustc.display()));
@@ -112,16 +114,6 @@ fn check_rustc(rustc: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Where bpf-linker finds the LLVM that it loads: beside a compiler, this one or the one of the outer build.
-fn llvm_directories(rustc: &Path) -> Result<OsString, String> {
-    let mut directories = Vec::new();
-    for rustc in [rustc, Path::new(&var("RUSTC")?)] {
-        let sysroot = output(Command::new(rustc).args(["--print", "sysroot"]))?;
-        directories.push(Path::new(&sysroot).join("lib"));
-    }
-    env::join_paths(directories).map_err(|e| format!("the path of a compiler: {e}"))
-}
-
 /// bpf-linker, from PATH or from cargo's own directory, which need not be in PATH.
 fn find_linker() -> Result<PathBuf, String> {
     let home = env::var_os("CARGO_HOME")
@@ -133,6 +125,25 @@ fn find_linker() -> Result<PathBuf, String> {
         .map(|dir| dir.join("bpf-linker"))
         .find(|file| file.is_file())
         .ok_or_else(|| "bpf-linker is neither in PATH nor in cargo's bin directory".to_owned())
+}
+
+/// A directory with nothing in it but the LLVM of this compiler. bpf-linker loads the first `libLLVM*` that it finds in
+/// LD_LIBRARY_PATH or beside a directory of PATH, which may well be another version.
+fn only_llvm(rustc: &Path, out: &Path) -> Result<PathBuf, String> {
+    let libraries = output(Command::new("ldd").arg(rustc))?;
+    let llvm = libraries
+        .lines()
+        .filter(|line| line.trim_start().starts_with("libLLVM"))
+        .find_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+        .ok_or_else(|| format!("{} does not use a shared LLVM, which bpf-linker needs", rustc.display()))?;
+    let dir = out.join("llvm");
+    let link = dir.join("libLLVM.so");
+    let made = fs::create_dir_all(&dir).and_then(|()| match fs::remove_file(&link) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => symlink(llvm, &link),
+    });
+    made.map_err(|e| format!("linking {} to {llvm}: {e}", link.display()))?;
+    Ok(dir)
 }
 
 fn var(name: &str) -> Result<OsString, String> {

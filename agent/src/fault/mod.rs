@@ -15,6 +15,7 @@ use crate::{
     time::BootTime,
 };
 
+mod network;
 mod registry;
 pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 

@@ -36,7 +36,9 @@ macro_rules! faults {
     };
 }
 
-faults! {}
+faults! {
+    Network => super::network::Network,
+}
 
 /// A kind of fault, for what can be done without an instance of it.
 #[derive(Debug, Clone, Copy)]

@@ -1,11 +1,12 @@
 //! Our eBPF programs and their maps.
 
+#![expect(unsafe_code, reason = "the maps are shared memory")]
+
 use std::{
     io,
-    num::NonZeroUsize,
     ops::Deref,
-    os::fd::{AsFd, BorrowedFd},
-    ptr::NonNull,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    ptr::{self, NonNull},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -23,10 +24,7 @@ use aya::{
     util::KernelVersion,
 };
 use aya_log::EbpfLogger;
-use nix::sys::{
-    mman::{MapFlags, ProtFlags, mmap, munmap},
-    resource::{RLIM_INFINITY, Resource, setrlimit},
-};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use squall_common::{
     packet::Address,
     rules::Cidr,
@@ -59,7 +57,7 @@ impl Program {
     /// The symbol in the object. It is also the name of the filter where there is no TCX.
     fn name(self) -> &'static str {
         // Atomics that return the value before are of 5.12 (kernel/bpf/verifier.c, BPF_FETCH).
-        let fetch = KernelVersion::at_least(5, 12, 0);
+        let fetch = KernelVersion::current().is_ok_and(|kernel| kernel >= KernelVersion::new(5, 12, 0));
         match self {
             Self::Port(Direction::Egress) if fetch => "squall_egress",
             Self::Port(Direction::Ingress) if fetch => "squall_ingress",
@@ -227,7 +225,9 @@ fn forward_log(ebpf: &mut Ebpf) -> Result<AbortHandle> {
     let logger = EbpfLogger::init(ebpf).context("opening the log of the eBPF programs")?;
     let runtime = Handle::current();
     let _inside = runtime.enter();
-    let mut logger = AsyncFd::with_interest(logger, Interest::READABLE).context("watching the log")?;
+    // SAFETY: the logger owns its descriptor, gives the same one at any time, and lives in the AsyncFd.
+    let logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) };
+    let mut logger = logger.context("watching the log")?;
     let task = runtime.spawn(async move {
         while let Ok(mut ready) = logger.readable_mut().await {
             ready.get_inner_mut().flush();
@@ -274,12 +274,16 @@ impl<T: Shared> Mapped<T> {
         Self::map(map.fd().as_fd()).context("mapping an eBPF map into memory")
     }
 
-    fn map(fd: BorrowedFd<'_>) -> Result<Self> {
-        let length = NonZeroUsize::new(size_of::<T>()).context("an empty type")?;
-        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    fn map(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let fd = fd.as_raw_fd();
         // SAFETY: a new mapping at an address that the kernel chooses.
-        let memory = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, fd, 0) }?;
-        Ok(Self { memory: memory.cast() })
+        let memory = unsafe { libc::mmap(ptr::null_mut(), size_of::<T>(), access, libc::MAP_SHARED, fd, 0) };
+        if memory == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let memory = NonNull::new(memory.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        Ok(Self { memory })
     }
 }
 
@@ -296,9 +300,8 @@ impl<T: Shared> Deref for Mapped<T> {
 impl<T: Shared> Drop for Mapped<T> {
     fn drop(&mut self) {
         // SAFETY: our own mapping, with its own length; no reference outlives self.
-        let result = unsafe { munmap(self.memory.cast(), size_of::<T>()) };
-        if let Err(error) = result {
-            tracing::error!("unmapping an eBPF map: {error}");
+        if unsafe { libc::munmap(self.memory.as_ptr().cast(), size_of::<T>()) } != 0 {
+            tracing::error!("unmapping an eBPF map: {}", io::Error::last_os_error());
         }
     }
 }

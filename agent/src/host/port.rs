@@ -599,6 +599,7 @@ impl Port {
     /// Takes everything back.
     fn close(self) -> Result<()> {
         let Self { netns, interface, programs, attached, taps, edt, made_clsact, longest, support, .. } = self;
+        let name = interface.name.clone();
         netns.run(move || {
             let mut netlink = Netlink::open()?;
             // The queues send off what they hold, which takes the programs.
@@ -619,7 +620,7 @@ impl Port {
             }
             Ok(())
         })
-        .with_context(|| format!("taking our programs off {}", interface.name))
+        .with_context(|| format!("taking our programs off {name}"))
     }
 }
 

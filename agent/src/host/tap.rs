@@ -6,6 +6,8 @@
 //!
 //! The device is bound to the process. When the process dies, so does the device, and packets in it are lost.
 
+#![expect(unsafe_code, reason = "ioctls of the TAP driver")]
+
 use std::{
     cmp::Reverse,
     collections::BinaryHeap,
