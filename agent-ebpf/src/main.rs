@@ -293,7 +293,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Helpers such as `bpf_ktime_get_boot_ns` are for programs under a licence compatible with the GPL.
+/// None of the helpers used here is kept for programs under the GPL.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+static LICENSE: [u8; 11] = *b"Apache-2.0\0";
