@@ -262,7 +262,8 @@ pub fn squall_tap_out(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let Some(note) = skb.note(table) else { return TC_ACT_SHOT };
     let rule = (note.due >> RULE_SHIFT) as usize & (RULES - 1);
-    let header = tap::Header { rule: rule as u16, arrived: note.more, due: note.due & ((1 << RULE_SHIFT) - 1) };
+    let header =
+        tap::Header { rule: rule as u16, arrived: note.more, due: note.due & ((1 << RULE_SHIFT) - 1) };
     if skb.push(&header.to_bytes()) {
         return NEXT;
     }
