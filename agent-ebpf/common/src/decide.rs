@@ -131,7 +131,10 @@ mod tests {
             assert!((count - n as f64 * ratio).abs() < 4.0 * sigma, "{ratio}: {count} of {n}");
             let pairs = lost.windows(2).filter(|w| w[0] && w[1]).count() as f64;
             let expected = n as f64 * ratio * ratio;
-            assert!((pairs - expected).abs() < 5.0 * expected.sqrt(), "{ratio}: {pairs} pairs, not {expected}");
+            assert!(
+                (pairs - expected).abs() < 5.0 * expected.sqrt(),
+                "{ratio}: {pairs} pairs, not {expected}"
+            );
         }
     }
 

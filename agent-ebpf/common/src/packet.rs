@@ -184,7 +184,8 @@ mod tests {
     use super::*;
 
     fn v4(protocol: u8, fragment: u16, options: usize, payload: &[u8]) -> Vec<u8> {
-        let mut p = vec![0x45 + options as u8, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+        let mut p =
+            vec![0x45 + options as u8, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
         p[6..8].copy_from_slice(&fragment.to_be_bytes());
         p.extend(vec![0; options * 4]);
         p.extend_from_slice(payload);

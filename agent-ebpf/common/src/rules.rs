@@ -42,11 +42,7 @@ impl Cidr {
     #[must_use]
     pub fn address(&self) -> Address {
         let bytes = self.bits.to_be_bytes();
-        if self.v6 {
-            Address::V6(bytes)
-        } else {
-            Address::V4([bytes[0], bytes[1], bytes[2], bytes[3]])
-        }
+        if self.v6 { Address::V6(bytes) } else { Address::V4([bytes[0], bytes[1], bytes[2], bytes[3]]) }
     }
 
     /// Whether every address of `other` is in this prefix.
@@ -157,7 +153,9 @@ mod tests {
         assert_eq!(cidr("10.1.2.3").to_string(), "10.1.2.3/32");
         assert_eq!(cidr("fd00::1/64").to_string(), "fd00::/64");
         assert_eq!(cidr("::/0").to_string(), "::/0");
-        for wrong in ["10.0.0.0/33", "::/129", "10.0.0/8", "redis", "10.0.0.1/", "10.0.0.1/x", "", "10.0.0.1/-1"] {
+        for wrong in
+            ["10.0.0.0/33", "::/129", "10.0.0/8", "redis", "10.0.0.1/", "10.0.0.1/x", "", "10.0.0.1/-1"]
+        {
             assert!(wrong.parse::<Cidr>().is_err(), "{wrong}");
         }
     }
@@ -234,21 +232,15 @@ mod tests {
     }
 
     fn protocols() -> impl Strategy<Value = Protocol> {
-        prop_oneof![
-            Just(Protocol::Other),
-            Just(Protocol::Tcp),
-            Just(Protocol::Udp),
-            Just(Protocol::Icmp)
-        ]
+        prop_oneof![Just(Protocol::Other), Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Icmp)]
     }
 
     // Few different values, so that they meet.
     fn addresses() -> impl Strategy<Value = Address> {
         prop_oneof![
             (0..3_u8, 0..3_u8).prop_map(|(a, b)| Address::V4([10, a, 0, b])),
-            (0..3_u8, 0..3_u8).prop_map(|(a, b)| {
-                Address::V6([0xfd, a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b])
-            }),
+            (0..3_u8, 0..3_u8)
+                .prop_map(|(a, b)| { Address::V6([0xfd, a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b]) }),
         ]
     }
 

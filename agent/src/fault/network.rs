@@ -3,12 +3,7 @@
 //! The physics are netem's: a decision per packet of the kernel's tc layer (a GSO packet is one packet), loss drawn
 //! first and delay after it, and jitter that lets packets overtake each other.
 
-use std::{
-    fmt::Write as _,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt::Write as _, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
@@ -116,19 +111,39 @@ impl Fault for Network {
         if fault.latency > LONGEST_DELAY {
             let fix = format!("at most {LONGEST_DELAY:?}, or a partition");
             let given = format!("{:?}", fault.latency);
-            return Err(Invalid::new("network.delay.latency", given, "longer than a packet can be held", fix));
+            return Err(Invalid::new(
+                "network.delay.latency",
+                given,
+                "longer than a packet can be held",
+                fix,
+            ));
         }
         if fault.jitter > fault.latency {
             let given = format!("{:?}", fault.jitter);
             let fix = format!("at most the latency, {:?}", fault.latency);
-            return Err(Invalid::new("network.delay.jitter", given, "a packet cannot leave before it came", fix));
+            return Err(Invalid::new(
+                "network.delay.jitter",
+                given,
+                "a packet cannot leave before it came",
+                fix,
+            ));
         }
         if fault.latency.is_zero() && fault.loss == 0.0 && !fault.partition {
-            return Err(Invalid::new("network", "nothing", "it would do nothing", "ask for delay, loss or partition"));
+            return Err(Invalid::new(
+                "network",
+                "nothing",
+                "it would do nothing",
+                "ask for delay, loss or partition",
+            ));
         }
         if fault.partition && !(fault.latency.is_zero() && fault.loss == 0.0) {
             let fix = "leave out delay and loss, or the partition";
-            return Err(Invalid::new("network.partition", true, "drops every packet, so nothing else acts", fix));
+            return Err(Invalid::new(
+                "network.partition",
+                true,
+                "drops every packet, so nothing else acts",
+                fix,
+            ));
         }
         Ok(fault)
     }
@@ -351,7 +366,13 @@ impl Network {
         Ok(planned)
     }
 
-    fn inject_blocking(&self, target: &Target, undo: &Undo, window: Window, support: &Support) -> Result<Held> {
+    fn inject_blocking(
+        &self,
+        target: &Target,
+        undo: &Undo,
+        window: Window,
+        support: &Support,
+    ) -> Result<Held> {
         let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
         let netns = Arc::new(Netns::open(netns)?);
         let present = netns.run(|| Netlink::open()?.interfaces())?;
@@ -414,9 +435,16 @@ fn clause(i: usize, peer: &v1::Peer, egress: bool, ingress: bool) -> Result<Clau
             v1::Protocol::Icmp => Some(Protocol::Icmp),
         },
     };
-    if clause.protocol == Some(Protocol::Icmp) && !(clause.peer_ports.is_empty() && clause.local_ports.is_empty()) {
+    if clause.protocol == Some(Protocol::Icmp)
+        && !(clause.peer_ports.is_empty() && clause.local_ports.is_empty())
+    {
         let field = format!("network.peers[{i}].protocol");
-        return Err(Invalid::new(field, "icmp", "it has no ports", "leave out the ports, or choose tcp or udp"));
+        return Err(Invalid::new(
+            field,
+            "icmp",
+            "it has no ports",
+            "leave out the ports, or choose tcp or udp",
+        ));
     }
     Ok(clause)
 }
@@ -499,8 +527,9 @@ fn revert(undo: &Undo) -> Result<()> {
         for interface in left {
             let same = |i: &&Interface| i.index == interface.index && i.name == interface.name;
             if present.iter().any(|i| same(&i)) {
-                clean(&mut netlink, interface)
-                    .with_context(|| format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode))?;
+                clean(&mut netlink, interface).with_context(|| {
+                    format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode)
+                })?;
             }
         }
         Ok(())

@@ -137,7 +137,8 @@ impl Programs {
                 .load()
                 .with_context(|| format!("the kernel refuses the eBPF program {name}"))?;
         }
-        let mut map = |name: &str| ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"));
+        let mut map =
+            |name: &str| ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"));
         let table = Arc::new(Mapped::new(map("TABLE")?)?);
         let ports = Mapped::new(map("PORT_SETS")?)?;
         let delays = Arc::new(Mapped::new(map("DELAYS")?)?);

@@ -362,14 +362,9 @@ impl Port {
             .ok_or_else(|| anyhow!("{} has {RULES} rules already", self.interface.name))?;
         self.prepare(clauses, &action)?;
         let cells = &self.programs.table().rules[rule];
-        for counter in [
-            &cells.matched,
-            &cells.bytes,
-            &cells.dropped,
-            &cells.delayed,
-            &cells.failed,
-            &cells.first_match,
-        ] {
+        for counter in
+            [&cells.matched, &cells.bytes, &cells.dropped, &cells.delayed, &cells.failed, &cells.first_match]
+        {
             counter.store(0);
         }
         for bucket in &self.programs.delays()[rule * BUCKETS..][..BUCKETS] {
@@ -447,7 +442,8 @@ impl Port {
             bail!("{} peers are too many for {name}: {free} of {CLAUSES} are left", clauses.len());
         }
         let mut at = at;
-        let fits = at + clauses.len() <= CLAUSES && self.clauses[at..at + clauses.len()].iter().all(Option::is_none);
+        let fits =
+            at + clauses.len() <= CLAUSES && self.clauses[at..at + clauses.len()].iter().all(Option::is_none);
         if !fits {
             let before = self.clauses[..at].iter().flatten().count();
             // Everyone to the left, then those behind to the right end.
@@ -523,7 +519,8 @@ impl Port {
     /// Brings the trie of peers up to date: new entries before old ones go.
     fn write_trie(&mut self) -> Result<()> {
         let clauses = self.clauses.iter().enumerate();
-        let wanted = prefixes(clauses.filter_map(|(bit, slot)| slot.as_ref().map(|(_, clause)| (bit, clause))));
+        let wanted =
+            prefixes(clauses.filter_map(|(bit, slot)| slot.as_ref().map(|(_, clause)| (bit, clause))));
         for (cidr, set) in &wanted {
             if self.trie.get(cidr) != Some(set) {
                 self.programs.set_peers(cidr, *set)?;
@@ -598,29 +595,31 @@ impl Port {
 
     /// Takes everything back.
     fn close(self) -> Result<()> {
-        let Self { netns, interface, programs, attached, taps, edt, made_clsact, longest, support, .. } = self;
+        let Self { netns, interface, programs, attached, taps, edt, made_clsact, longest, support, .. } =
+            self;
         let name = interface.name.clone();
-        netns.run(move || {
-            let mut netlink = Netlink::open()?;
-            // The queues send off what they hold, which takes the programs.
-            drop(taps);
-            if edt {
-                drain(&mut netlink, interface.index, longest.min(LONGEST_DRAIN))?;
-            }
-            // Links end here; filters are found by their names.
-            drop(programs);
-            if support.hook == Hook::Clsact && attached.contains(&true) {
-                remove_filters(&interface.name)?;
-            }
-            if edt {
-                netlink.remove_root_fq(interface.index)?;
-            }
-            if made_clsact {
-                netlink.remove_empty_clsact(interface.index)?;
-            }
-            Ok(())
-        })
-        .with_context(|| format!("taking our programs off {name}"))
+        netns
+            .run(move || {
+                let mut netlink = Netlink::open()?;
+                // The queues send off what they hold, which takes the programs.
+                drop(taps);
+                if edt {
+                    drain(&mut netlink, interface.index, longest.min(LONGEST_DRAIN))?;
+                }
+                // Links end here; filters are found by their names.
+                drop(programs);
+                if support.hook == Hook::Clsact && attached.contains(&true) {
+                    remove_filters(&interface.name)?;
+                }
+                if edt {
+                    netlink.remove_root_fq(interface.index)?;
+                }
+                if made_clsact {
+                    netlink.remove_empty_clsact(interface.index)?;
+                }
+                Ok(())
+            })
+            .with_context(|| format!("taking our programs off {name}"))
     }
 }
 
@@ -629,7 +628,9 @@ fn drain(netlink: &mut Netlink, interface: u32, longest: Duration) -> Result<()>
     let end = Instant::now() + longest;
     while Instant::now() < end {
         match netlink.root_qdisc(interface)? {
-            Some(root) if root.handle == OUR_QDISC && root.packets > 0 => thread::sleep(Duration::from_millis(5)),
+            Some(root) if root.handle == OUR_QDISC && root.packets > 0 => {
+                thread::sleep(Duration::from_millis(5))
+            }
             _ => break,
         }
     }

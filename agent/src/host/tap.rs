@@ -55,7 +55,11 @@ mod ioctls {
     use nix::{ioctl_write_int, ioctl_write_ptr_bad};
 
     // linux/if_tun.h and linux/sockios.h. TUNSETIFF is declared with an int and takes a struct ifreq.
-    ioctl_write_ptr_bad!(tun_set_iff, nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()), libc::ifreq);
+    ioctl_write_ptr_bad!(
+        tun_set_iff,
+        nix::request_code_write!(b'T', 202, size_of::<libc::c_int>()),
+        libc::ifreq
+    );
     ioctl_write_int!(tun_set_offload, b'T', 208);
     ioctl_write_ptr_bad!(set_flags, libc::SIOCSIFFLAGS, libc::ifreq);
     ioctl_write_ptr_bad!(set_mtu, libc::SIOCSIFMTU, libc::ifreq);
@@ -85,10 +89,12 @@ impl Device {
         let mut request = request("squall%d");
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
         // SAFETY: the kernel reads the ifreq, and writes the name it chose into it.
-        unsafe { ioctls::tun_set_iff(file.as_raw_fd(), &raw const request) }.context("making a TAP device")?;
+        unsafe { ioctls::tun_set_iff(file.as_raw_fd(), &raw const request) }
+            .context("making a TAP device")?;
         let name: String =
             request.ifr_name.iter().map(|&c| c as u8).take_while(|&c| c != 0).map(char::from).collect();
-        let index = nix::net::if_::if_nametoindex(name.as_str()).context("looking for the TAP device just made")?;
+        let index =
+            nix::net::if_::if_nametoindex(name.as_str()).context("looking for the TAP device just made")?;
         let offload = |flags| {
             // SAFETY: the argument is a number.
             unsafe { ioctls::tun_set_offload(file.as_raw_fd(), flags) }
@@ -232,7 +238,8 @@ impl Queue {
             if self.read(&mut buffer)? {
                 continue;
             }
-            let wait = self.held.peek().map(|Reverse(next)| Duration::from_nanos(next.due.saturating_sub(now())));
+            let wait =
+                self.held.peek().map(|Reverse(next)| Duration::from_nanos(next.due.saturating_sub(now())));
             let mut fds = [
                 PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
@@ -371,7 +378,8 @@ mod tests {
     #[test]
     fn packets_leave_by_time_then_in_order() {
         let held = |due, sequence| Held { due, sequence, arrived: 0, rule: 0, frame: Vec::new() };
-        let mut heap: BinaryHeap<_> = [(5, 1), (3, 2), (5, 0), (3, 1)].map(|(d, s)| Reverse(held(d, s))).into();
+        let mut heap: BinaryHeap<_> =
+            [(5, 1), (3, 2), (5, 0), (3, 1)].map(|(d, s)| Reverse(held(d, s))).into();
         let mut order = Vec::new();
         while let Some(Reverse(next)) = heap.pop() {
             order.push((next.due, next.sequence));

@@ -89,7 +89,9 @@ impl Netlink {
         Ok(replies
             .into_iter()
             .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewQueueDiscipline(m) if m.header.index == index as i32 => Some(qdisc(&m)),
+                RouteNetlinkMessage::NewQueueDiscipline(m) if m.header.index == index as i32 => {
+                    Some(qdisc(&m))
+                }
                 _ => None,
             })
             .collect())
@@ -121,7 +123,9 @@ impl Netlink {
             }
         }
         match self.call(RouteNetlinkMessage::DelQueueDiscipline(clsact(index)), NLM_F_ACK) {
-            Err(e) if !is_gone(&e) => Err(e.context(format!("removing the clsact qdisc of interface {index}"))),
+            Err(e) if !is_gone(&e) => {
+                Err(e.context(format!("removing the clsact qdisc of interface {index}")))
+            }
             _ => Ok(()),
         }
     }

@@ -1,0 +1,371 @@
+//! The network fault, as the two ends of a wire see it. Where the kernel has netem, netem is the measure.
+
+use std::{net::IpAddr, thread, time::Duration, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use squall_proto::v1::{
+    ArmRequest, Delay, Direction, Fault, Injection, InterfaceSelector, ListRequest, Loss, NetworkFault, Peer,
+    PortRange, Protocol, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient, fault,
+    target,
+};
+use squall_tests::{Agent, AgentOptions, Lab, Netns, Stream, unique};
+use tonic::transport::Channel;
+
+const SECOND: u64 = 1_000_000_000;
+const MS: u64 = 1_000_000;
+
+/// A lab, and an agent that hurts its near side.
+struct Bench {
+    lab: Lab,
+    agent: Agent,
+    client: AgentClient<Channel>,
+}
+
+impl Bench {
+    async fn new(tag: &str) -> Result<Self> {
+        let lab = Lab::new(tag)?;
+        let agent = Agent::start(AgentOptions::default()).await?;
+        let client = agent.client().await?;
+        Ok(Self { lab, agent, client })
+    }
+
+    async fn inject(&mut self, fault: NetworkFault) -> Result<Injection> {
+        self.inject_for(fault, 120 * SECOND, 60 * SECOND).await
+    }
+
+    async fn inject_for(
+        &mut self,
+        fault: NetworkFault,
+        duration_ns: u64,
+        lease_ns: u64,
+    ) -> Result<Injection> {
+        let selector =
+            InterfaceSelector { name: "near0".into(), netns: self.lab.near.path().display().to_string() };
+        let request = ArmRequest {
+            id: unique("injection"),
+            target: Some(Target { kind: Some(target::Kind::Interface(selector)) }),
+            fault: Some(Fault { kind: Some(fault::Kind::Network(fault)) }),
+            duration_ns,
+            lease_ns,
+            dry_run: false,
+        };
+        let made = self.client.inject(request).await?.into_inner().injections;
+        let [injection] = <[Injection; 1]>::try_from(made).ok().context("not one injection")?;
+        ensure!(injection.state() == State::Active, "{injection:?}");
+        Ok(injection)
+    }
+
+    /// Ends an injection, and says what it did.
+    async fn revert(&mut self, id: &str) -> Result<Injection> {
+        let request = RevertRequest { ids: vec![id.into()], all: false };
+        let ended = self.client.revert(request).await?.into_inner().injections;
+        let [injection] = <[Injection; 1]>::try_from(ended).ok().context("not one injection")?;
+        ensure!(injection.state() == State::Reverted, "{injection:?}\n{}", self.agent.log());
+        Ok(injection)
+    }
+
+    async fn update(&mut self, id: &str, fault: NetworkFault) -> Result<()> {
+        let fault = Some(Fault { kind: Some(fault::Kind::Network(fault)) });
+        self.client.update(UpdateRequest { id: id.into(), fault }).await?;
+        Ok(())
+    }
+
+    async fn effect(&mut self, id: &str) -> Result<Injection> {
+        let all = self.client.list(ListRequest {}).await?.into_inner().injections;
+        all.into_iter().find(|injection| injection.id == id).context("the injection is not listed")
+    }
+
+    /// Median round-trip time in milliseconds.
+    fn rtt(&self, to: IpAddr) -> Result<f64> {
+        self.lab.near.ping(to, 20, Duration::from_millis(50))?.median()
+    }
+
+    fn loss(&self, to: IpAddr) -> Result<f64> {
+        Ok(self.lab.near.ping_for(to, 5)?.loss())
+    }
+}
+
+trait PingFor {
+    fn ping_for(&self, to: IpAddr, count: u32) -> Result<squall_tests::Ping>;
+}
+
+impl PingFor for Netns {
+    /// Pings that give up soon.
+    fn ping_for(&self, to: IpAddr, count: u32) -> Result<squall_tests::Ping> {
+        self.ping(to, count, Duration::from_millis(20))
+    }
+}
+
+fn figure(injection: &Injection, name: &str) -> Option<f64> {
+    let figures = &injection.effect.as_ref()?.figures;
+    figures.iter().find(|figure| figure.name == name).map(|figure| figure.value)
+}
+
+fn delay(latency_ns: u64, direction: Direction) -> NetworkFault {
+    NetworkFault {
+        direction: direction.into(),
+        delay: Some(Delay { latency_ns, jitter_ns: 0 }),
+        ..NetworkFault::default()
+    }
+}
+
+fn loss(ratio: f64, direction: Direction) -> NetworkFault {
+    NetworkFault { direction: direction.into(), loss: Some(Loss { ratio }), ..NetworkFault::default() }
+}
+
+fn partition(direction: Direction, peers: &[&str]) -> NetworkFault {
+    let cidrs = peers.iter().map(ToString::to_string).collect();
+    NetworkFault {
+        direction: direction.into(),
+        partition: true,
+        peers: vec![Peer { cidrs, ..Peer::default() }],
+        ..NetworkFault::default()
+    }
+}
+
+/// Whether this kernel has netem, found by using it.
+fn netem(lab: &Lab, words: &str) -> bool {
+    lab.near.tc(&format!("qdisc add dev near0 root netem {words}")).is_ok()
+}
+
+fn no_netem(lab: &Lab) -> Result<()> {
+    lab.near.tc("qdisc del dev near0 root")?;
+    Ok(())
+}
+
+fn stream(lab: &Lab, seconds: u64) -> Result<Stream> {
+    lab.near.stream(&lab.far, Lab::FAR, Duration::from_secs(seconds))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delay_of_100_ms_is_100_ms() -> Result<()> {
+    let mut bench = Bench::new("delay").await?;
+    let before = bench.lab.near.state()?;
+    let base = bench.rtt(Lab::FAR)?;
+    let injection = bench.inject(delay(100 * MS, Direction::Egress)).await?;
+    println!("{}", injection.mechanism);
+    let ours = bench.rtt(Lab::FAR)?;
+    let ours_v6 = bench.rtt(Lab::FAR_V6)?;
+    println!("RTT: base {base} ms, ours {ours} ms, over IPv6 {ours_v6} ms");
+    let stream_ours = stream(&bench.lab, 10)?;
+    let ended = bench.revert(&injection.id).await?;
+    ensure!(figure(&ended, "delayed") >= Some(40.0), "{ended:?}");
+    let p50 = figure(&ended, "delay_p50").context("no delay was measured")?;
+    ensure!((p50 - 0.1).abs() < 0.001, "the agent measured {p50} s");
+    assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    ensure!(bench.rtt(Lab::FAR)? < base + 10.0, "still delayed");
+
+    if netem(&bench.lab, "delay 100ms limit 100000") {
+        let theirs = bench.rtt(Lab::FAR)?;
+        let stream_theirs = stream(&bench.lab, 10)?;
+        no_netem(&bench.lab)?;
+        println!("netem: RTT {theirs} ms; TCP: ours {stream_ours:?}, netem {stream_theirs:?}");
+        ensure!((ours - theirs).abs() < 1.0, "ours {ours} ms, netem {theirs} ms");
+        ensure!((ours_v6 - theirs).abs() < 1.0, "over IPv6 {ours_v6} ms, netem {theirs} ms");
+        let share = stream_ours.bits_per_second / stream_theirs.bits_per_second;
+        ensure!(share >= 0.9, "TCP at {share} of netem's throughput");
+    } else {
+        ensure!((ours - base - 100.0).abs() < 1.0, "{ours} ms instead of {base} + 100");
+        ensure!((ours_v6 - base - 100.0).abs() < 1.0, "{ours_v6} ms over IPv6 instead of {base} + 100");
+        // TCP Small Queues would allow half a megabit.
+        ensure!(stream_ours.bits_per_second > 20e6, "TCP is strangled: {stream_ours:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn arriving_packets_are_delayed_too() -> Result<()> {
+    let mut bench = Bench::new("ingress").await?;
+    let base = bench.rtt(Lab::FAR)?;
+    let injection = bench.inject(delay(50 * MS, Direction::Ingress)).await?;
+    let one_way = bench.rtt(Lab::FAR)?;
+    ensure!((one_way - base - 50.0).abs() < 2.0, "{one_way} ms");
+    let stream_in = bench.lab.far.stream(&bench.lab.near, Lab::NEAR, Duration::from_secs(3))?;
+    ensure!(stream_in.bits_per_second > 10e6, "{stream_in:?}");
+    bench.update(&injection.id, delay(50 * MS, Direction::Both)).await?;
+    let both = bench.rtt(Lab::FAR_V6)?;
+    ensure!((both - base - 100.0).abs() < 2.0, "{both} ms");
+    bench.revert(&injection.id).await?;
+    ensure!(bench.rtt(Lab::FAR)? < base + 10.0, "still delayed");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sender_sees_loss_as_it_sees_a_networks() -> Result<()> {
+    let mut bench = Bench::new("loss").await?;
+    let injection = bench.inject(loss(0.01, Direction::Egress)).await?;
+    let ours = stream(&bench.lab, 10)?;
+    let ended = bench.revert(&injection.id).await?;
+    let (matched, dropped) = (figure(&ended, "matched"), figure(&ended, "dropped"));
+    let (matched, dropped) = (matched.context("matched")?, dropped.context("dropped")?);
+    let sigma = (matched * 0.01 * 0.99).sqrt();
+    ensure!((dropped - matched * 0.01).abs() < 4.0 * sigma, "{dropped} of {matched} packets dropped");
+    ensure!(ours.retransmits > 0, "TCP saw no loss: {ours:?}");
+    let per_gb = |s: &Stream| s.retransmits as f64 / (s.bytes as f64 / 1e9);
+    if netem(&bench.lab, "loss 1% limit 100000") {
+        let theirs = stream(&bench.lab, 10)?;
+        no_netem(&bench.lab)?;
+        println!("ours {ours:?}, netem {theirs:?}");
+        let share = per_gb(&ours) / per_gb(&theirs);
+        ensure!((0.75..=1.25).contains(&share), "{share} of netem's retransmits: {ours:?}, {theirs:?}");
+    } else {
+        // A packet is one skb of up to 64 KiB; each that is lost is sent again, in at least one segment.
+        println!("{ours:?}: {} a gigabyte; {dropped} of {matched} dropped", per_gb(&ours));
+        ensure!(
+            ours.retransmits as f64 >= dropped * 0.9,
+            "{dropped} dropped, {} sent again",
+            ours.retransmits
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_cuts_off_its_peers_and_nobody_else() -> Result<()> {
+    let mut bench = Bench::new("cut").await?;
+    let before = bench.lab.near.state()?;
+    for direction in [Direction::Both, Direction::Egress, Direction::Ingress] {
+        let injection = bench.inject(partition(direction, &["10.99.0.2/32", "fd99::/64"])).await?;
+        assert_eq!(bench.loss(Lab::FAR)?, 1.0, "{direction:?}");
+        assert_eq!(bench.loss(Lab::FAR_V6)?, 1.0, "{direction:?}");
+        assert_eq!(bench.loss(Lab::FAR_OTHER)?, 0.0, "{direction:?}");
+        let now = bench.effect(&injection.id).await?;
+        ensure!(figure(&now, "dropped") == Some(10.0), "{now:?}");
+        ensure!(now.effect.as_ref().is_some_and(|effect| effect.bit), "{now:?}");
+        bench.revert(&injection.id).await?;
+        assert_eq!(bench.loss(Lab::FAR)?, 0.0, "{direction:?}");
+        assert_eq!(bench.loss(Lab::FAR_V6)?, 0.0, "{direction:?}");
+    }
+    assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ports_and_protocols_choose() -> Result<()> {
+    let mut bench = Bench::new("ports").await?;
+    let fault = |first, last, protocol: Protocol| NetworkFault {
+        delay: Some(Delay { latency_ns: 200 * MS, jitter_ns: 0 }),
+        direction: Direction::Egress.into(),
+        peers: vec![Peer {
+            ports: vec![PortRange { first, last }],
+            protocol: protocol.into(),
+            ..Peer::default()
+        }],
+        ..NetworkFault::default()
+    };
+    // iperf3 listens on port 5201. A handshake and a close take more than three such delays.
+    let injection = bench.inject(fault(5000, 5300, Protocol::Tcp)).await?;
+    ensure!(bench.rtt(Lab::FAR)? < 50.0, "ICMP has no ports");
+    stream(&bench.lab, 1)?;
+    let hit = bench.effect(&injection.id).await?;
+    ensure!(figure(&hit, "delayed") > Some(3.0), "{hit:?}");
+    bench.update(&injection.id, fault(5202, 5300, Protocol::Tcp)).await?;
+    let now = figure(&bench.effect(&injection.id).await?, "matched");
+    stream(&bench.lab, 1)?;
+    assert_eq!(figure(&bench.effect(&injection.id).await?, "matched"), now);
+    bench.update(&injection.id, fault(5201, 5201, Protocol::Udp)).await?;
+    stream(&bench.lab, 1)?;
+    assert_eq!(figure(&bench.effect(&injection.id).await?, "matched"), now);
+    bench.revert(&injection.id).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn injections_on_one_interface_do_not_disturb_each_other() -> Result<()> {
+    let mut bench = Bench::new("two").await?;
+    let before = bench.lab.near.state()?;
+    let to = |peer: &str, ms: u64| NetworkFault {
+        peers: vec![Peer { cidrs: vec![peer.into()], ..Peer::default() }],
+        ..delay(ms * MS, Direction::Egress)
+    };
+    let first = bench.inject(to("10.99.0.2/32", 30)).await?;
+    let second = bench.inject(to("10.99.0.0/24", 60)).await?;
+    let near = |rtt: f64, ms: f64| (rtt - ms).abs() < 5.0;
+    ensure!(near(bench.rtt(Lab::FAR)?, 30.0), "the first that matches wins");
+    ensure!(near(bench.rtt(Lab::FAR_OTHER)?, 60.0));
+    bench.update(&first.id, to("10.99.0.2/32", 90)).await?;
+    ensure!(near(bench.rtt(Lab::FAR)?, 90.0), "an update is in force");
+    bench.revert(&first.id).await?;
+    ensure!(near(bench.rtt(Lab::FAR)?, 60.0), "the second takes over");
+    ensure!(near(bench.rtt(Lab::FAR_OTHER)?, 60.0));
+    bench.revert(&second.id).await?;
+    ensure!(bench.rtt(Lab::FAR)? < 10.0);
+    assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qdisc_that_somebody_configured_stays() -> Result<()> {
+    let mut bench = Bench::new("qdisc").await?;
+    bench.lab.near.tc("qdisc add dev near0 root handle 7: pfifo limit 500")?;
+    let before = bench.lab.near.tc("qdisc show dev near0")?;
+    let injection = bench.inject(delay(40 * MS, Direction::Egress)).await?;
+    ensure!(bench.lab.near.tc("qdisc show dev near0")?.contains(before.trim()), "replaced");
+    ensure!(bench.rtt(Lab::FAR)? > 39.0, "not delayed");
+    bench.revert(&injection.id).await?;
+    assert_eq!(bench.lab.near.tc("qdisc show dev near0")?, before);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()> {
+    let mut bench = Bench::new("kill").await?;
+    let before = bench.lab.near.state()?;
+    let base = bench.rtt(Lab::FAR)?;
+    // Long enough to measure, short enough that the deadline ends it where links do not.
+    bench.inject_for(delay(100 * MS, Direction::Both), 6 * SECOND, 6 * SECOND).await?;
+    ensure!(bench.rtt(Lab::FAR)? > base + 190.0, "not delayed");
+    let links = bench.lab.near.tc("filter show dev near0 egress")?.is_empty();
+    let killed = Instant::now();
+    ensure!(squall_tests::Running::was(bench.agent.kill()?, Signal::SIGKILL));
+    let patience = if links { Duration::from_secs(1) } else { Duration::from_secs(7) };
+    loop {
+        let ping = bench.lab.near.ping(Lab::FAR, 1, Duration::from_millis(10))?;
+        if ping.median().is_ok_and(|rtt| rtt < base + 10.0) {
+            break;
+        }
+        ensure!(
+            killed.elapsed() < patience,
+            "still delayed {:?} after the agent was killed",
+            killed.elapsed()
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
+    println!("whole after {:?}", killed.elapsed());
+    ensure!(bench.loss(Lab::FAR)? == 0.0);
+    bench.agent.restart().await?;
+    assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_is_refused_before_anything_changes() -> Result<()> {
+    let mut bench = Bench::new("refuse").await?;
+    let before = bench.lab.near.state()?;
+    let with = |f: fn(&mut NetworkFault)| {
+        let mut fault = delay(MS, Direction::Both);
+        f(&mut fault);
+        fault
+    };
+    for (wrong, word) in [
+        (loss(1.3, Direction::Both), "network.loss.ratio"),
+        (with(|f| f.share = -0.1), "network.share"),
+        (delay(61 * SECOND, Direction::Both), "network.delay.latency"),
+        (with(|f| f.delay = Some(Delay { latency_ns: MS, jitter_ns: 2 * MS })), "network.delay.jitter"),
+        (NetworkFault::default(), "nothing"),
+        (with(|f| f.peers = vec![Peer { cidrs: vec!["10.0.0.0/40".into()], ..Peer::default() }]), "cidrs[0]"),
+        (
+            with(|f| {
+                f.peers = vec![Peer { ports: vec![PortRange { first: 9, last: 8 }], ..Peer::default() }]
+            }),
+            "ports[0]",
+        ),
+        (with(|f| f.interface = "eth7".into()), "eth7"),
+    ] {
+        let refused = bench.inject(wrong).await.err().with_context(|| format!("{word} was accepted"))?;
+        ensure!(format!("{refused:#}").contains(word), "{refused:#}");
+    }
+    assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    Ok(())
+}
