@@ -34,7 +34,7 @@ const GRACE: Duration = Duration::from_secs(40);
 /// Exit code where a person stopped it.
 const ABORTED: u8 = 4;
 /// Exit code for a host that is not as before: our own failure, never a verdict.
-const OURS: u8 = 5;
+pub(crate) const OURS: u8 = 5;
 
 /// How the demo runs.
 #[derive(Debug, Args)]

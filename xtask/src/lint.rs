@@ -11,10 +11,10 @@ pub(crate) fn run() -> Result<ExitCode> {
     setup::ensure(setup::BUILD)?;
     tools::show(&mut tools::cargo(["fmt", "--all", "--check"]))?;
     // The eBPF crate is no_std and for another target: it gets a call of its own.
-    let host = ["clippy", "--locked", "--workspace", "--exclude", "squall-agent-ebpf", "--all-targets"];
-    tools::show(&mut tools::cargo(host.into_iter().chain(["--", "-D", "warnings"])))?;
-    let docs = ["doc", "--locked", "--workspace", "--exclude", "squall-agent-ebpf", "--no-deps"];
-    let private = ["--document-private-items"];
-    tools::show(tools::cargo(docs.into_iter().chain(private)).env("RUSTDOCFLAGS", "-D warnings"))?;
+    let clippy = ["--all-targets", "--", "-D", "warnings"];
+    tools::show(&mut tools::cargo(["clippy"].iter().chain(&tools::HOST_CRATES).chain(&clippy)))?;
+    let docs = ["--no-deps", "--document-private-items"];
+    let mut docs = tools::cargo(["doc"].iter().chain(&tools::HOST_CRATES).chain(&docs));
+    tools::show(docs.env("RUSTDOCFLAGS", "-D warnings"))?;
     Ok(ExitCode::SUCCESS)
 }

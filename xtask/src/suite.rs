@@ -1,14 +1,14 @@
 //! Every test there is, and one line of counts at the end.
 
 use std::{
+    fs,
     io::{BufRead, BufReader},
-    path::Path,
     process::{Command, ExitCode, Stdio},
 };
 
 use anyhow::{Context, Result};
 
-use crate::{builds, setup, tools, vm};
+use crate::{builds, setup, tools, vm, workspace};
 
 /// What cargo's test harness counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -25,14 +25,19 @@ pub(crate) fn run() -> Result<ExitCode> {
     let mut total = Counts::default();
     let mut failures = Vec::new();
 
-    let unit = ["test", "--locked", "--no-fail-fast", "--workspace"];
-    let exclude = ["--exclude", "squall-agent-ebpf", "--exclude", "squall-tests"];
-    total.run("unit tests", &mut tools::cargo(unit.iter().chain(&exclude)), &mut failures)?;
+    let unit = ["--no-fail-fast", "--exclude", "squall-tests"];
+    let mut unit = tools::cargo(["test"].iter().chain(&tools::HOST_CRATES).chain(&unit));
+    total.run("unit tests", &mut unit, &mut failures)?;
 
     if let Err(e) = squall_lab::need_root() {
         failures.push(format!("the privileged tests: not run, {e}"));
     } else {
-        total.run("the privileged tests", &mut privileged(&binaries), &mut failures)?;
+        let names = privileged()?;
+        let targets = names.iter().flat_map(|name| ["--test", name]);
+        let mut command = tools::cargo(["test"].into_iter().chain(tools::HOST_CRATES).chain(targets));
+        // One at a time: they share the machine's CPUs, and some of them measure.
+        command.args(["--no-fail-fast", "--", "--test-threads=1"]).env("SQUALL_BIN_DIR", &binaries);
+        total.run("the privileged tests", &mut command, &mut failures)?;
         let (ok, counts) = vm::test("6.1", &binaries)?;
         total.add(counts);
         if !ok {
@@ -51,11 +56,17 @@ pub(crate) fn run() -> Result<ExitCode> {
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The privileged tests, one at a time: they share the machine's CPUs, and some of them measure.
-fn privileged(binaries: &Path) -> Command {
-    let mut command = tools::cargo(["test", "--locked", "--no-fail-fast", "--package", "squall-tests"]);
-    command.args(["--", "--test-threads=1"]).env("SQUALL_BIN_DIR", binaries);
-    command
+/// The names of the privileged tests: the files in tests/tests.
+pub(crate) fn privileged() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(workspace().join("tests/tests"))? {
+        let path = entry?.path();
+        if let (Some(name), Some("rs")) = (path.file_stem(), path.extension().and_then(|ext| ext.to_str())) {
+            names.push(name.to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
 }
 
 impl Counts {

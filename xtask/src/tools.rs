@@ -9,6 +9,10 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+/// What everything but the eBPF crate, which is for another target, is selected with. Always the same: another selection
+/// would mean other features of shared dependencies, and compiling them again.
+pub(crate) const HOST_CRATES: [&str; 4] = ["--locked", "--workspace", "--exclude", "squall-agent-ebpf"];
+
 /// A program in the PATH, or where only root's PATH would lead.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();

@@ -20,7 +20,7 @@ use crate::{
     initramfs::Initramfs,
     kernel::Kernel,
     setup,
-    suite::Counts,
+    suite::{self, Counts},
     target_dir, tools,
 };
 
@@ -127,8 +127,11 @@ fn watch(qemu: &Command, most: Duration) -> Result<(bool, Counts)> {
     loop {
         match said.recv_timeout(end.saturating_duration_since(Instant::now())) {
             Ok(line) => {
-                println!("{line}");
-                std::io::stdout().flush()?;
+                // The firmware would reset the terminal.
+                if !line.contains('\x1b') {
+                    println!("{line}");
+                    std::io::stdout().flush()?;
+                }
                 counts.take(&line);
                 if line.contains(PANIC) {
                     bail!("the kernel panicked");
@@ -194,11 +197,12 @@ struct Executable {
 /// Builds the privileged tests and the init, and finds where cargo put them.
 fn executables() -> Result<Vec<Executable>> {
     let mut found = Vec::new();
-    for args in [
-        &["test", "--locked", "--no-run", "--package", "squall-tests", "--test", "*"][..],
-        &["build", "--locked", "--package", "squall-init"][..],
-    ] {
-        let mut command = tools::cargo(args);
+    let privileged = suite::privileged()?;
+    let privileged: Vec<&str> = privileged.iter().flat_map(|name| ["--test", name]).collect();
+    for (verb, targets) in
+        [("test", &[&["--no-run"], &privileged[..]].concat()[..]), ("build", &["--bin", "squall-init"])]
+    {
+        let mut command = tools::cargo([verb].iter().chain(&tools::HOST_CRATES).chain(targets));
         command.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
         let output = command.output().context("cannot start cargo")?;
         if !output.status.success() {
@@ -208,7 +212,7 @@ fn executables() -> Result<Vec<Executable>> {
             let message: Value = serde_json::from_slice(line)?;
             let field = |path: &str| message.pointer(path).and_then(Value::as_str).map(ToOwned::to_owned);
             if let (Some(path), Some(name)) = (field("/executable"), field("/target/name")) {
-                let integration = field("/target/kind/0").as_deref() == Some("test");
+                let integration = verb == "test";
                 found.push(Executable { name, path: path.into(), integration });
             }
         }
