@@ -11,10 +11,9 @@ use nix::unistd::Uid;
 
 use crate::tools;
 
-/// The linker that turns LLVM bitcode into eBPF. With its default features it loads the LLVM of the Rust compiler, so
-/// the two must agree: 0.10 is for LLVM 22.
+/// The linker that turns LLVM bitcode into eBPF, and the newest LLVM whose bitcode it reads.
 const BPF_LINKER: &str = "0.10.3";
-const LLVM: &str = "22";
+const LLVM: u32 = 22;
 
 /// Something that is needed.
 #[derive(Debug, Clone, Copy)]
@@ -202,8 +201,8 @@ fn usable(rustc: &Path) -> Result<String> {
         bail!("has no library source");
     }
     let llvm = version.lines().find_map(|line| line.strip_prefix("LLVM version: ")).unwrap_or("unknown");
-    if llvm.split('.').next() != Some(LLVM) {
-        bail!("has LLVM {llvm}, and bpf-linker {BPF_LINKER} is for {LLVM}");
+    if llvm.split('.').next().and_then(|major| major.parse().ok()).is_none_or(|major: u32| major > LLVM) {
+        bail!("has LLVM {llvm}, and bpf-linker {BPF_LINKER} reads at most what {LLVM} writes");
     }
     let name = version.lines().next().unwrap_or_default();
     Ok(format!("{} ({name}, LLVM {llvm}, with library source)", rustc.display()))

@@ -13,11 +13,20 @@ use anyhow::{Context, Result, bail};
 /// would mean other features of shared dependencies, and compiling them again.
 pub(crate) const HOST_CRATES: [&str; 4] = ["--locked", "--workspace", "--exclude", "squall-agent-ebpf"];
 
-/// A program in the PATH, or where only root's PATH would lead.
+/// A program in the PATH, or where only root's PATH would lead, or where cargo installs.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let more = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
-    env::split_paths(&path).chain(more).map(|dir| dir.join(program)).find(|file| file.is_file())
+    env::split_paths(&path)
+        .chain(more)
+        .chain(cargo_bin())
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+fn cargo_bin() -> Option<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    Some(home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")))?.join("bin"))
 }
 
 /// The cargo that runs this.
