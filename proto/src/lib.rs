@@ -6,6 +6,8 @@
 #[expect(missing_docs, reason = "generated; the documentation is in the .proto file")]
 #[allow(
     clippy::pedantic,
+    clippy::allow_attributes_without_reason,
+    clippy::clone_on_ref_ptr,
     unused_qualifications,
     reason = "generated code; what it triggers varies by generator"
 )]

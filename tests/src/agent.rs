@@ -21,9 +21,9 @@ use tonic_health::pb::{
 use tower::service_fn;
 
 /// Longest start, on the slowest machine: a VM without KVM.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 /// Longest drain.
-const DRAIN: Duration = Duration::from_secs(60);
+const DRAIN: Duration = Duration::from_mins(1);
 
 /// How an agent is started.
 #[derive(Debug, Clone, Copy, Default)]

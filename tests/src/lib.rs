@@ -5,6 +5,7 @@
 
 mod agent;
 mod lab;
+mod victim;
 
 pub use agent::{Agent, AgentOptions};
 pub use lab::Lab;
@@ -12,3 +13,4 @@ pub use squall_lab::{
     Cgroup, HostState, NetState, Netns, Ping, Running, Shop, ShopOptions, Stream, Wire, bin_dir, need_root,
     output, run, stdout, sweep, unique, wait_for,
 };
+pub use victim::Victim;

@@ -4,7 +4,8 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -113,6 +114,24 @@ impl Cgroup {
         let file = if self.v2 { "memory.current" } else { "memory.usage_in_bytes" };
         let text = fs::read_to_string(self.dir("memory")?.join(file))?;
         text.trim().parse().with_context(|| format!("{file} is not a number: {text:?}"))
+    }
+
+    /// The CPU time it has used since it was made.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        if !self.v2 {
+            let nanos = fs::read_to_string(self.dir("cpuacct")?.join("cpuacct.usage"))?;
+            return Ok(Duration::from_nanos(nanos.trim().parse()?));
+        }
+        let stat = fs::read_to_string(self.dir("cpu")?.join("cpu.stat"))?;
+        let micros = stat.lines().find_map(|line| line.strip_prefix("usage_usec "));
+        Ok(Duration::from_micros(micros.context("cpu.stat has no usage_usec")?.trim().parse()?))
+    }
+
+    /// CPUs used over a while: 1.0 is one whole CPU.
+    pub fn cpus(&self, over: Duration) -> Result<f64> {
+        let (used, started) = (self.cpu_time()?, Instant::now());
+        thread::sleep(over);
+        Ok((self.cpu_time()?.saturating_sub(used)).as_secs_f64() / started.elapsed().as_secs_f64())
     }
 
     /// The processes in it.

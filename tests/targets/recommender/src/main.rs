@@ -45,7 +45,7 @@ const LEAK_EVERY: u64 = 10;
 /// What the balloon keeps of each request.
 const BALLOON_BYTES: usize = 64 * 1024;
 /// Where the balloon stops growing, so that without memory pressure nothing is ever killed.
-const BALLOON_MOST: usize = 2048;
+const BALLOON_MOST: usize = 3072;
 
 /// An HTTP recommender in front of Redis.
 #[derive(Debug, Parser)]
@@ -73,7 +73,7 @@ enum Defect {
     NoTimeout,
     /// An error from Redis becomes a status 500.
     NoFallback,
-    /// Every request leaves 64 KiB behind, up to 128 MiB.
+    /// Every request leaves 64 KiB behind, up to 192 MiB.
     Balloon,
 }
 

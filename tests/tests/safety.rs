@@ -1,0 +1,320 @@
+//! Whatever happens to the agent, every fault ends, and the host is as it was.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use squall_proto::v1::{
+    ArmRequest, CpuFault, Delay, Direction, Fault, InterfaceSelector, ListRequest, Loss, MemoryFault,
+    NetworkFault, ProcessSelector, RenewRequest, State, Target, fault, memory_fault, target,
+};
+use squall_tests::{Agent, AgentOptions, HostState, Lab, Running, Victim, bin_dir, need_root, wait_for};
+use tokio::time::sleep;
+
+/// Long enough to see a fault, short enough to wait for its end.
+const LEASE: Duration = Duration::from_secs(3);
+/// Far beyond every test: nothing here may end by its deadline.
+const DURATION: Duration = Duration::from_mins(10);
+/// How late a lease may end: timers, and a VM without KVM.
+const SLACK: Duration = Duration::from_secs(3);
+const ID: &str = "safety";
+const MIB: u64 = 1 << 20;
+
+/// A place, a fault for it, and how a user tells whether it is on.
+trait Case {
+    fn target(&self) -> Target;
+    fn fault(&self) -> Fault;
+    /// Fails unless the fault is felt.
+    fn hurts(&self) -> Result<()>;
+    /// Fails unless nothing of it is felt.
+    fn is_well(&self) -> Result<()>;
+    /// What is left of it in its place, one line each.
+    fn remains(&self) -> Result<Vec<String>>;
+}
+
+struct Network {
+    lab: Lab,
+    before: squall_tests::NetState,
+    fault: NetworkFault,
+    /// Bounds of the share of pings that stay unanswered, and of the median round trip in milliseconds.
+    loss: (f64, f64),
+    rtt: (f64, f64),
+}
+
+impl Network {
+    fn new(fault: NetworkFault, loss: (f64, f64), rtt: (f64, f64)) -> Result<Self> {
+        let lab = Lab::new("safety")?;
+        let before = lab.near.state()?;
+        Ok(Self { lab, before, fault, loss, rtt })
+    }
+
+    fn delay() -> Result<Self> {
+        let delay = Some(Delay { latency_ns: 100_000_000, jitter_ns: 0 });
+        let fault = NetworkFault { direction: Direction::Egress.into(), delay, ..NetworkFault::default() };
+        Self::new(fault, (0.0, 0.0), (95.0, 200.0))
+    }
+
+    fn loss() -> Result<Self> {
+        let fault = NetworkFault { loss: Some(Loss { ratio: 0.5 }), ..NetworkFault::default() };
+        // Both ways: a quarter of the pings is answered.
+        Self::new(fault, (0.4, 0.95), (0.0, 50.0))
+    }
+
+    fn partition() -> Result<Self> {
+        Self::new(NetworkFault { partition: true, ..NetworkFault::default() }, (1.0, 1.0), (0.0, 0.0))
+    }
+}
+
+impl Case for Network {
+    fn target(&self) -> Target {
+        let netns = self.lab.near.name().to_owned();
+        Target { kind: Some(target::Kind::Interface(InterfaceSelector { name: "near0".into(), netns })) }
+    }
+
+    fn fault(&self) -> Fault {
+        Fault { kind: Some(fault::Kind::Network(self.fault.clone())) }
+    }
+
+    fn hurts(&self) -> Result<()> {
+        let ping = self.lab.near.ping(Lab::FAR, 40, Duration::from_millis(10))?;
+        let within = |value: f64, (low, high): (f64, f64)| low <= value && value <= high;
+        ensure!(within(ping.loss(), self.loss), "loss {} is not in {:?}: {ping:?}", ping.loss(), self.loss);
+        if !ping.rtts.is_empty() {
+            ensure!(within(ping.median()?, self.rtt), "RTT {} is not in {:?}", ping.median()?, self.rtt);
+        }
+        Ok(())
+    }
+
+    fn is_well(&self) -> Result<()> {
+        for address in [Lab::FAR, Lab::FAR_V6] {
+            let ping = self.lab.near.ping(address, 20, Duration::from_millis(10))?;
+            ensure!(ping.loss() == 0.0 && ping.median()? < 50.0, "{address}: {ping:?}");
+        }
+        Ok(())
+    }
+
+    fn remains(&self) -> Result<Vec<String>> {
+        Ok(self.before.changes(&self.lab.near.state()?))
+    }
+}
+
+struct Cpu(Victim);
+
+impl Case for Cpu {
+    fn target(&self) -> Target {
+        process(&self.0)
+    }
+
+    fn fault(&self) -> Fault {
+        Fault { kind: Some(fault::Kind::Cpu(CpuFault { load: 0.5, workers: 1 })) }
+    }
+
+    fn hurts(&self) -> Result<()> {
+        let cpus = self.0.cgroup.cpus(Duration::from_secs(1))?;
+        ensure!(cpus > 0.2, "the cgroup uses {cpus} CPUs");
+        Ok(())
+    }
+
+    fn is_well(&self) -> Result<()> {
+        let cpus = self.0.cgroup.cpus(Duration::from_millis(500))?;
+        ensure!(cpus < 0.05, "the cgroup uses {cpus} CPUs");
+        ensure!(self.0.is_alone()?, "somebody else is in the cgroup");
+        Ok(())
+    }
+
+    fn remains(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+}
+
+struct Memory(Victim);
+
+impl Case for Memory {
+    fn target(&self) -> Target {
+        process(&self.0)
+    }
+
+    fn fault(&self) -> Fault {
+        let size = Some(memory_fault::Size::Bytes(64 * MIB));
+        Fault { kind: Some(fault::Kind::Memory(MemoryFault { size, ramp_ns: 0 })) }
+    }
+
+    fn hurts(&self) -> Result<()> {
+        let full = || Ok((self.0.cgroup.memory()? > 60 * MIB).then_some(()));
+        wait_for("64 MiB in the cgroup", LEASE / 2, full)
+    }
+
+    fn is_well(&self) -> Result<()> {
+        let charged = self.0.cgroup.memory()?;
+        ensure!(charged < 16 * MIB, "{charged} bytes are still charged to the cgroup");
+        ensure!(self.0.is_alone()?, "somebody else is in the cgroup");
+        Ok(())
+    }
+
+    fn remains(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+}
+
+fn process(victim: &Victim) -> Target {
+    let selector = ProcessSelector { pid: victim.pid(), ..ProcessSelector::default() };
+    Target { kind: Some(target::Kind::Process(selector)) }
+}
+
+async fn inject(agent: &Agent, case: &impl Case) -> Result<()> {
+    let request = ArmRequest {
+        id: ID.into(),
+        target: Some(case.target()),
+        fault: Some(case.fault()),
+        duration_ns: DURATION.as_nanos() as u64,
+        lease_ns: LEASE.as_nanos() as u64,
+        dry_run: false,
+    };
+    let injections = agent.client().await?.inject(request).await?.into_inner().injections;
+    ensure!(injections.len() == 1, "one injection was asked for: {injections:?}");
+    ensure!(injections[0].state() == State::Active, "it is not active: {:?}", injections[0]);
+    Ok(())
+}
+
+/// SIGKILL while the fault is on: what the lease does not end at once, the next start clears.
+async fn killed(case: impl Case) -> Result<()> {
+    let before = HostState::capture(&bin_dir())?;
+    let mut agent = Agent::start(AgentOptions::default()).await?;
+    case.is_well().context("before the fault")?;
+    inject(&agent, &case).await?;
+    case.hurts().context("during the fault")?;
+    agent.kill()?;
+    sleep(LEASE + SLACK).await;
+    case.is_well().context("after the lease, with the agent dead")?;
+    agent.restart().await?;
+    wait_for("the next start to clear the rest", Duration::from_secs(10), || {
+        Ok(case.remains()?.is_empty().then_some(()))
+    })
+    .with_context(|| format!("left: {:?}\n{}", case.remains(), agent.log()))?;
+    case.is_well().context("after the next start")?;
+    let listed = agent.client().await?.list(ListRequest {}).await?.into_inner().injections;
+    ensure!(listed.iter().all(|i| i.state() == State::Reverted), "something is still there: {listed:?}");
+    ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
+    assert_eq!(before.changes(&HostState::capture(&bin_dir())?), [""; 0]);
+    Ok(())
+}
+
+/// SIGTERM while the fault is on: when the agent is gone, so is the fault with all that it changed.
+async fn terminated(case: impl Case) -> Result<()> {
+    let before = HostState::capture(&bin_dir())?;
+    let mut agent = Agent::start(AgentOptions::default()).await?;
+    inject(&agent, &case).await?;
+    case.hurts().context("during the fault")?;
+    ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
+    assert_eq!(case.remains()?, [""; 0]);
+    case.is_well().context("after the drain")?;
+    assert_eq!(before.changes(&HostState::capture(&bin_dir())?), [""; 0]);
+    Ok(())
+}
+
+/// Nobody renews the lease: the fault ends, and the agent says why.
+async fn abandoned(case: impl Case) -> Result<()> {
+    let mut agent = Agent::start(AgentOptions::default()).await?;
+    inject(&agent, &case).await?;
+    case.hurts().context("during the fault")?;
+    sleep(LEASE + SLACK).await;
+    case.is_well().context("after the lease")?;
+    assert_eq!(case.remains()?, [""; 0]);
+    let listed = agent.client().await?.list(ListRequest {}).await?.into_inner().injections;
+    ensure!(listed.len() == 1 && listed[0].state() == State::Reverted, "{listed:?}");
+    ensure!(listed[0].reason.contains("lease"), "the reason does not name the lease: {:?}", listed[0].reason);
+    ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
+    Ok(())
+}
+
+#[tokio::test]
+async fn sigkill_during_delay() -> Result<()> {
+    killed(Network::delay()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_loss() -> Result<()> {
+    killed(Network::loss()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_partition() -> Result<()> {
+    killed(Network::partition()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_cpu_load() -> Result<()> {
+    need_root()?;
+    killed(Cpu(Victim::start("safety", 256 * MIB)?)).await
+}
+
+#[tokio::test]
+async fn sigkill_during_memory_load() -> Result<()> {
+    need_root()?;
+    killed(Memory(Victim::start("safety", 256 * MIB)?)).await
+}
+
+#[tokio::test]
+async fn sigterm_during_delay() -> Result<()> {
+    terminated(Network::delay()?).await
+}
+
+#[tokio::test]
+async fn sigterm_during_partition() -> Result<()> {
+    terminated(Network::partition()?).await
+}
+
+#[tokio::test]
+async fn sigterm_during_cpu_load() -> Result<()> {
+    need_root()?;
+    terminated(Cpu(Victim::start("safety", 256 * MIB)?)).await
+}
+
+#[tokio::test]
+async fn sigterm_during_memory_load() -> Result<()> {
+    need_root()?;
+    terminated(Memory(Victim::start("safety", 256 * MIB)?)).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_delay() -> Result<()> {
+    abandoned(Network::delay()?).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_loss() -> Result<()> {
+    abandoned(Network::loss()?).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_cpu_load() -> Result<()> {
+    need_root()?;
+    abandoned(Cpu(Victim::start("safety", 256 * MIB)?)).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_memory_load() -> Result<()> {
+    need_root()?;
+    abandoned(Memory(Victim::start("safety", 256 * MIB)?)).await
+}
+
+#[tokio::test]
+async fn a_lease_that_is_renewed_goes_on() -> Result<()> {
+    let case = Network::partition()?;
+    let mut agent = Agent::start(AgentOptions::default()).await?;
+    inject(&agent, &case).await?;
+    let mut client = agent.client().await?;
+    for _ in 0..6 {
+        sleep(LEASE / 3).await;
+        let renewed = client.renew(RenewRequest { ids: vec![ID.into()] }).await?.into_inner();
+        ensure!(renewed.gone.is_empty(), "{renewed:?}");
+    }
+    case.hurts().context("two leases later")?;
+    let status = agent.kill()?;
+    ensure!(Running::was(status, nix::sys::signal::Signal::SIGKILL), "{status}");
+    sleep(LEASE + SLACK).await;
+    case.is_well().context("after the last lease, with the agent dead")?;
+    agent.restart().await?;
+    ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
+    assert_eq!(case.remains()?, [""; 0]);
+    Ok(())
+}

@@ -1,0 +1,23 @@
+//! Formatting, lints and documentation. Nothing may warn.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::{setup, tools};
+
+/// Runs everything; the first that fails ends it.
+pub(crate) fn run() -> Result<ExitCode> {
+    setup::ensure(setup::BUILD)?;
+    tools::show(&mut tools::cargo(["fmt", "--all", "--check"]))?;
+    let clippy = ["--all-targets", "--", "-D", "warnings"];
+    tools::show(&mut tools::cargo(["clippy"].iter().chain(&tools::HOST_CRATES).chain(&clippy)))?;
+    // A program without std brings its own panic handler, which for the host needs panics that abort.
+    let ebpf =
+        ["clippy", "--locked", "--package", "squall-agent-ebpf", "--config", "profile.dev.panic=\"abort\""];
+    tools::show(&mut tools::cargo(ebpf.iter().chain(&["--", "-D", "warnings"])))?;
+    let docs = ["--no-deps", "--document-private-items"];
+    let mut docs = tools::cargo(["doc"].iter().chain(&tools::HOST_CRATES).chain(&docs));
+    tools::show(docs.env("RUSTDOCFLAGS", "-D warnings"))?;
+    Ok(ExitCode::SUCCESS)
+}
