@@ -10,9 +10,10 @@ use squall_proto::v1;
 use crate::{
     agents::{Agent, Agents, Local},
     cli::{Common, Output, exit},
-    commands::{counted, out, print_json},
+    commands::{out, print_json},
     faults::{Armed, LEASE, NotArmed, Order},
     plan::{self, Plan, Target, fault::time},
+    report::figure::several,
     wrong::Wrong,
 };
 
@@ -156,8 +157,8 @@ pub async fn check(common: &Common, path: &Path) -> Result<u8> {
 fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
     let mut text = String::new();
     let longest: Duration = plan.rounds.iter().map(plan::Round::longest).sum();
-    let rounds = counted(plan.rounds.len(), "round");
-    let nodes = counted(agents.len(), "node");
+    let rounds = several(plan.rounds.len(), "round");
+    let nodes = several(agents.len(), "node");
     let _ = writeln!(text, "{}: {rounds}, at most {}, {nodes}\n\nTARGETS", plan.name, time(longest));
     for (name, resolved) in &checked.targets {
         let on = resolved.iter().filter(|r| !r.targets.is_empty()).count();
@@ -219,7 +220,7 @@ fn fault_text(text: &mut String, agents: &[Agent], order: &Order, armed: &Result
 
 fn gates_text(text: &mut String, plan: &Plan, round: Option<&plan::Round>) {
     for gate in round.map_or(&plan.gates, |round| &round.gates) {
-        let _ = writeln!(text, "  gate   {}", gate.outline());
+        let _ = writeln!(text, "  gate   {}", gate.line());
     }
 }
 
@@ -262,7 +263,7 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[String]
                 "hold_seconds": round.hold.as_secs_f64(),
                 "recovery_seconds": round.recovery.as_secs_f64(),
                 "faults": faults.iter().map(fault).collect::<Vec<_>>(),
-                "gates": round.gates.iter().map(|g| json!({ "gate": g.outline() })).collect::<Vec<_>>(),
+                "gates": round.gates.iter().map(|g| json!({ "gate": g.line() })).collect::<Vec<_>>(),
             })
         })
         .collect();

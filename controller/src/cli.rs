@@ -27,7 +27,8 @@ pub mod exit {
     pub const OURS: u8 = 5;
 }
 
-const EXIT_CODES: &str = "\
+/// What `squall help exit-codes` prints.
+pub const EXIT_CODES: &str = "\
 Exit codes
   0  promote: every gate passed and every fault bit (other commands: done)
   1  block or rollback: a gate failed
@@ -51,16 +52,29 @@ pub struct Cli {
 pub struct Common {
     /// An agent: unix:///run/squall/agent.sock or http://127.0.0.1:7400 (loopback only). Repeatable; without it
     /// the agent of this host is used, and where none runs, one is started for this command
-    #[arg(long = "agents", value_name = "ADDRESS", global = true, value_delimiter = ',')]
+    #[arg(
+        long = "agents",
+        value_name = "ADDRESS",
+        global = true,
+        help_heading = "Everywhere",
+        value_delimiter = ','
+    )]
     pub agents: Vec<Address>,
     /// Form of the output
-    #[arg(short, long, value_name = "FORM", global = true, default_value = "text")]
+    #[arg(
+        short,
+        long,
+        value_name = "FORM",
+        global = true,
+        help_heading = "Everywhere",
+        default_value = "text"
+    )]
     pub output: Output,
     /// What to show of a run while it runs, on stderr
-    #[arg(long, value_name = "MODE", global = true, default_value = "auto")]
+    #[arg(long, value_name = "MODE", global = true, help_heading = "Everywhere", default_value = "auto")]
     pub progress: ProgressMode,
     /// Directory of the runs
-    #[arg(long, value_name = "DIR", global = true, default_value = "runs")]
+    #[arg(long, value_name = "DIR", global = true, help_heading = "Everywhere", default_value = "runs")]
     pub runs: PathBuf,
 }
 
@@ -126,7 +140,7 @@ pub enum Command {
         format: Option<Format>,
     },
     /// What the exit codes mean
-    #[command(hide = true, long_about = EXIT_CODES)]
+    #[command(hide = true, about = EXIT_CODES, help_template = "{about}")]
     ExitCodes,
 }
 

@@ -10,8 +10,14 @@ use squall_proto::v1::{self, State};
 
 use crate::{
     agents::{Agent, Agents, CallError, Local},
-    cli::{Common, Output, exit},
+    cli::{Common, Format, Output, exit},
     faults::{figures, left},
+    report::{
+        self,
+        figure::{self, several},
+    },
+    run::verdict_text,
+    store,
     wrong::Wrong,
 };
 
@@ -109,7 +115,7 @@ pub async fn status(common: &Common) -> Result<u8> {
     match common.output {
         Output::Json => print_json(&found.iter().map(|(node, i)| injection_json(node, i)).collect()),
         Output::Text if found.is_empty() => {
-            out(&format!("no injections on {}\n", counted(agents.list.len(), "node")))
+            out(&format!("no injections on {}\n", several(agents.list.len(), "node")))
         }
         Output::Text => {
             let mut table = table();
@@ -185,24 +191,8 @@ fn ends(i: &v1::Injection) -> String {
 /// What it measurably did: `matched 1204 packets, dropped 61 packets`.
 pub fn measured(i: &v1::Injection) -> String {
     let Some(effect) = &i.effect else { return "nothing yet".into() };
-    let figures: Vec<String> = effect.figures.iter().map(figure).collect();
-    figures.join(", ")
-}
-
-fn figure(f: &v1::Figure) -> String {
-    let value = match f.unit.as_str() {
-        "ratio" => return format!("{} {:.1}%", f.name, f.value * 100.0),
-        "bytes" => return format!("{} {:.1} MiB", f.name, f.value / f64::from(1 << 20)),
-        "seconds" => return format!("{} {:.1} ms", f.name, f.value * 1e3),
-        _ if f.value.fract() == 0.0 => format!("{:.0}", f.value),
-        _ => format!("{:.2}", f.value),
-    };
-    format!("{} {value} {}", f.name, f.unit)
-}
-
-/// `1 node`, `3 nodes`.
-pub fn counted(n: usize, noun: &str) -> String {
-    if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
+    let shown: Vec<String> = figures(effect).iter().map(figure::effect).collect();
+    shown.join(", ")
 }
 
 /// `squall revert`.
@@ -247,7 +237,7 @@ pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
             for (node, i) in &found {
                 out(&format!("{}  {node}  {}  {}\n", i.id, i.summary, state(i)));
             }
-            out(&format!("{reverted} of {} reverted on {}\n", found.len(), counted(nodes, "node")));
+            out(&format!("{reverted} of {} reverted on {}\n", found.len(), several(nodes, "node")));
         }
     }
     if let Some(e) = lost.into_iter().next() {
@@ -261,4 +251,22 @@ pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
     }
     stopped?;
     Ok(if reverted == found.len() { exit::OK } else { exit::OURS })
+}
+
+/// `squall report`.
+pub fn report(common: &Common, run: &str, format: Option<Format>) -> Result<u8> {
+    let dir = store::find(&common.runs, run)?;
+    match format {
+        None => {
+            let (run, path) = store::report_again(&dir)?;
+            match common.output {
+                Output::Json => print_json(&report::json(&run)),
+                Output::Text => out(&verdict_text(&run)),
+            }
+            eprintln!("squall: wrote {}", path.display());
+        }
+        Some(Format::Html) => out(&report::html(&store::read(&dir)?)?),
+        Some(Format::Json) => print_json(&report::json(&store::read(&dir)?)),
+    }
+    Ok(exit::OK)
 }

@@ -3,23 +3,30 @@
 mod agents;
 mod check;
 mod cli;
+mod clock;
 mod commands;
 mod event;
 mod faults;
 mod fold;
 mod gate;
+mod gauges;
 mod inject;
+mod log;
 mod outline;
 mod plan;
 mod probe;
+mod progress;
 mod report;
+mod round;
+mod run;
 mod signals;
+mod store;
 mod wrong;
 
 use std::{io::Write as _, process::ExitCode};
 
 use anyhow::{Context, Result};
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
 use crate::cli::{Cli, Command, exit};
 
@@ -53,9 +60,7 @@ fn main() -> ExitCode {
 
 fn command(cli: Cli) -> Result<u8> {
     if let Command::ExitCodes = cli.command {
-        let mut command = Cli::command();
-        let codes = command.find_subcommand_mut("exit-codes").and_then(|c| c.get_long_about().cloned());
-        commands::out(&format!("{}\n", codes.unwrap_or_default()));
+        commands::out(&format!("{}\n", cli::EXIT_CODES));
         return Ok(exit::OK);
     }
     let runtime =
@@ -71,7 +76,9 @@ fn command(cli: Cli) -> Result<u8> {
             Command::Status => commands::status(common).await,
             Command::Revert { ids, all } => commands::revert(common, ids, *all).await,
             Command::Nodes => commands::nodes(common).await,
-            Command::Run { .. } | Command::Report { .. } | Command::ExitCodes => Ok(exit::OURS),
+            Command::Run { plan } => run::run(common, plan, signals::follow()?).await,
+            Command::Report { run, format } => commands::report(common, run, *format),
+            Command::ExitCodes => Ok(exit::OK),
         }
     })
 }

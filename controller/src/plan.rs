@@ -4,13 +4,13 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use squall_proto::v1;
 
+use crate::report::figure::gate_limit;
 
 pub(crate) mod fault;
 mod read;
 mod tree;
 pub(crate) mod units;
 
-use self::fault::{percent, time};
 pub use self::tree::Invalid;
 
 /// Parses and checks the text of a plan.
@@ -306,19 +306,6 @@ impl Target {
     }
 }
 
-impl Measure {
-    /// As in a plan.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Threads => "threads",
-            Self::Fds => "fds",
-            Self::Rss => "rss",
-            Self::Cpu => "cpu",
-        }
-    }
-}
-
 impl Round {
     /// The longest it can take.
     #[must_use]
@@ -328,44 +315,11 @@ impl Round {
 }
 
 impl Gate {
-    /// Its kind, as in a plan: `latency`.
-    #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Latency { .. } => "latency",
-            Self::Errors { .. } => "errors",
-            Self::Leak { .. } => "leak",
-            Self::Oom { .. } => "oom",
-            Self::Recovery { .. } => "recovery",
-        }
-    }
-
-    /// What it judges: `shoppers p95`, `recommender`.
-    #[must_use]
-    pub fn subject(&self) -> String {
-        match self {
-            Self::Latency { probe, percentile, .. } => {
-                format!("{probe} p{}", units::plain(percentile * 100.0))
-            }
-            Self::Errors { probe, .. } | Self::Leak { probe, .. } | Self::Recovery { probe, .. } => {
-                probe.clone()
-            }
-            Self::Oom { target, .. } => target.clone(),
-        }
-    }
-
     /// One line: `latency: shoppers p95 ≤ 800ms`.
     #[must_use]
-    pub fn outline(&self) -> String {
-        let seconds = |s: &f64| time(Duration::from_secs_f64(*s));
-        let limit = match self {
-            Self::Latency { limit, .. } => seconds(limit),
-            Self::Errors { limit, .. } => percent(*limit),
-            Self::Leak { limit, .. } => format!("{}/min", units::plain(*limit)),
-            Self::Oom { limit, .. } => format!("{limit} kills"),
-            Self::Recovery { within, .. } => seconds(within),
-        };
-        format!("{}: {} ≤ {limit}", self.kind(), self.subject())
+    pub fn line(&self) -> String {
+        let outline = crate::outline::gate(self);
+        format!("{}: {} {}", outline.gate, outline.subject, gate_limit(&outline))
     }
 }
 
