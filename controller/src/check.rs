@@ -21,7 +21,7 @@ use crate::{
 const MARGIN: Duration = LEASE;
 
 /// Reads a plan from its file.
-pub fn load(path: &Path) -> Result<(String, Plan)> {
+pub(crate) fn load(path: &Path) -> Result<(String, Plan)> {
     let text =
         std::fs::read_to_string(path).map_err(|e| Wrong(format!("cannot read {}: {e}", path.display())))?;
     let plan = plan::parse(path, &text)?;
@@ -29,7 +29,7 @@ pub fn load(path: &Path) -> Result<(String, Plan)> {
 }
 
 /// The faults of a round as orders. Ids start with `run`; seeds that the plan does not give come from `seed`.
-pub fn orders(plan: &Plan, round: usize, run: &str, seed: u64) -> Result<Vec<Order>> {
+pub(crate) fn orders(plan: &Plan, round: usize, run: &str, seed: u64) -> Result<Vec<Order>> {
     let of = &plan.rounds[round];
     let order = |(n, fault): (usize, &plan::Fault)| {
         let target =
@@ -66,7 +66,7 @@ fn mixed(seed: u64, n: u64) -> u64 {
 }
 
 /// What was found out about a plan.
-pub struct Checked {
+pub(crate) struct Checked {
     /// Name of each local target, and what it resolves to by agent.
     pub targets: Vec<(String, Vec<v1::Resolved>)>,
     /// By round and fault: what would be injected, or why not.
@@ -74,7 +74,7 @@ pub struct Checked {
 }
 
 /// Resolves every target and arms every fault without keeping it. Fails only where an agent fails.
-pub async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Result<Checked> {
+pub(crate) async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Result<Checked> {
     let local: Vec<(String, v1::Target)> =
         plan.targets.iter().filter_map(|(name, t)| Some((name.clone(), t.proto()?))).collect();
     let protos: Vec<v1::Target> = local.iter().map(|(_, t)| t.clone()).collect();
@@ -101,7 +101,7 @@ pub async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Res
 
 impl Checked {
     /// Everything that stands in the way of a run; empty where nothing does.
-    pub fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<String> {
+    pub(crate) fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<String> {
         let mut problems = Vec::new();
         for (name, resolved) in &self.targets {
             if resolved.iter().all(|r| r.targets.is_empty()) {
@@ -127,7 +127,7 @@ impl Checked {
 }
 
 /// `squall check`.
-pub async fn check(common: &Common, path: &Path) -> Result<u8> {
+pub(crate) async fn check(common: &Common, path: &Path) -> Result<u8> {
     let (_, plan) = load(path)?;
     let agents = Agents::connect(&common.agents, Local::Start).await?;
     let checked = dry_run(&plan, &agents.list, "check", plan.seed.unwrap_or(1)).await;

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// `squall nodes`.
-pub async fn nodes(common: &Common) -> Result<u8> {
+pub(crate) async fn nodes(common: &Common) -> Result<u8> {
     let agents = Agents::connect(&common.agents, Local::Refuse).await?;
     match common.output {
         Output::Json => print_json(&agents.list.iter().map(node_json).collect()),
@@ -89,24 +89,24 @@ fn works(available: bool) -> &'static str {
 }
 
 /// A table without lines, as wide as the terminal.
-pub fn table() -> Table {
+pub(crate) fn table() -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table
 }
 
 /// Prints to stdout. A reader that went away (`squall status | head`) is no failure.
-pub fn out(text: &str) {
+pub(crate) fn out(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// Prints one JSON value to stdout.
-pub fn print_json(value: &Value) {
+pub(crate) fn print_json(value: &Value) {
     out(&format!("{value:#}\n"));
 }
 
 /// `squall status`.
-pub async fn status(common: &Common) -> Result<u8> {
+pub(crate) async fn status(common: &Common) -> Result<u8> {
     let agents = Agents::connect(&common.agents, Local::Refuse).await?;
     let mut found = Vec::new();
     for (agent, list) in agents.list.iter().zip(join_all(agents.list.iter().map(Agent::list)).await) {
@@ -132,7 +132,7 @@ pub async fn status(common: &Common) -> Result<u8> {
 }
 
 /// An injection as JSON.
-pub fn injection_json(node: &str, i: &v1::Injection) -> Value {
+pub(crate) fn injection_json(node: &str, i: &v1::Injection) -> Value {
     let effect = i.effect.as_ref();
     json!({
         "id": i.id,
@@ -169,7 +169,7 @@ fn state_name(state: State) -> &'static str {
 }
 
 /// State in the words that people use: what it does, not what was asked for.
-pub fn state(i: &v1::Injection) -> String {
+pub(crate) fn state(i: &v1::Injection) -> String {
     match i.state() {
         State::Active if i.effect.as_ref().is_some_and(|e| e.bit) => "● biting".into(),
         State::Active => "○ idle".into(),
@@ -189,14 +189,14 @@ fn ends(i: &v1::Injection) -> String {
 }
 
 /// What it measurably did: `matched 1204 packets, dropped 61 packets`.
-pub fn measured(i: &v1::Injection) -> String {
+pub(crate) fn measured(i: &v1::Injection) -> String {
     let Some(effect) = &i.effect else { return "nothing yet".into() };
     let shown: Vec<String> = figures(effect).iter().map(figure::effect).collect();
     shown.join(", ")
 }
 
 /// `squall revert`.
-pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
+pub(crate) async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
     // A start replays the journal, so even what a dead agent left can be reverted.
     let local = if all { Local::Start } else { Local::Refuse };
     let agents = Agents::connect(&common.agents, local).await?;
@@ -254,7 +254,7 @@ pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
 }
 
 /// `squall report`.
-pub fn report(common: &Common, run: &str, format: Option<Format>) -> Result<u8> {
+pub(crate) fn report(common: &Common, run: &str, format: Option<Format>) -> Result<u8> {
     let dir = store::find(&common.runs, run)?;
     match format {
         None => {

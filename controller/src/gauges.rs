@@ -11,7 +11,7 @@ use crate::{
 
 /// The `agent` probes of a plan, and the last samples they are made from.
 #[derive(Debug)]
-pub struct Gauges {
+pub(crate) struct Gauges {
     /// Name of the probe, of its target, and the measure.
     probes: Vec<(String, String, Measure)>,
     /// By target and node.
@@ -29,7 +29,7 @@ struct Node {
 
 impl Gauges {
     /// The gauges of a plan, for targets that are on these nodes.
-    pub fn new(plan: &Plan, nodes: impl IntoIterator<Item = (String, String)>) -> Self {
+    pub(crate) fn new(plan: &Plan, nodes: impl IntoIterator<Item = (String, String)>) -> Self {
         let probes = plan.probes.iter().filter_map(|(name, probe)| match probe {
             Probe::Agent { target, measure } => Some((name.clone(), target.clone(), *measure)),
             Probe::Load(_) | Probe::Scrape(_) => None,
@@ -42,7 +42,7 @@ impl Gauges {
     }
 
     /// Takes in a sample; gives the events it makes. Values of several nodes are summed, one value a second.
-    pub fn take(&mut self, target: &str, node: &str, sample: &v1::TargetSample) -> Vec<What> {
+    pub(crate) fn take(&mut self, target: &str, node: &str, sample: &v1::TargetSample) -> Vec<What> {
         let mut events =
             vec![What::Target { target: target.into(), node: node.into(), sample: as_event(sample) }];
         let nodes = self.last.entry(target.to_owned()).or_default();
@@ -81,7 +81,7 @@ impl Gauges {
     }
 
     /// The events of a target that could not be measured.
-    pub fn failed(&self, target: &str, error: &str) -> Vec<What> {
+    pub(crate) fn failed(&self, target: &str, error: &str) -> Vec<What> {
         let of = self.probes.iter().filter(|(_, of, _)| of == target);
         of.map(|(probe, _, _)| What::ProbeFailed { probe: probe.clone(), error: error.to_owned() }).collect()
     }

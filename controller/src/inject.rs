@@ -35,7 +35,11 @@ enum Over {
 }
 
 /// `squall inject`.
-pub async fn inject(common: &Common, inject: &Inject, signals: &mut watch::Receiver<Asked>) -> Result<u8> {
+pub(crate) async fn inject(
+    common: &Common,
+    inject: &Inject,
+    signals: &mut watch::Receiver<Asked>,
+) -> Result<u8> {
     let (fault, summary) = inject.fault().map_err(|(message, fix)| Wrong(format!("{message}: {fix}")))?;
     let what = inject.common();
     let target = what

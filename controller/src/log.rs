@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// The events of a run as they happen.
-pub struct Log {
+pub(crate) struct Log {
     clock: Clock,
     inner: Mutex<Inner>,
 }
@@ -26,7 +26,7 @@ struct Inner {
 
 impl Log {
     /// A log that writes to a store.
-    pub fn new(clock: Clock, store: Store, progress: Progress) -> Self {
+    pub(crate) fn new(clock: Clock, store: Store, progress: Progress) -> Self {
         Self { clock, inner: Mutex::new(Inner { store, run: Run::default(), progress, broken: None }) }
     }
 
@@ -35,12 +35,12 @@ impl Log {
     }
 
     /// Something happened now.
-    pub fn record(&self, what: What) {
+    pub(crate) fn record(&self, what: What) {
         self.record_at(self.clock.now(), what);
     }
 
     /// Something happened at a given time of the run.
-    pub fn record_at(&self, at: f64, what: What) {
+    pub(crate) fn record_at(&self, at: f64, what: What) {
         let event = Event { at, what };
         let mut inner = self.lock();
         let Inner { store, run, progress, broken } = &mut *inner;
@@ -54,28 +54,28 @@ impl Log {
     }
 
     /// A note for people.
-    pub fn note(&self, text: impl Into<String>) {
+    pub(crate) fn note(&self, text: impl Into<String>) {
         self.record(What::Note { text: text.into() });
     }
 
     /// Reads the run as it stands now.
-    pub fn with<R>(&self, read: impl FnOnce(&Run) -> R) -> R {
+    pub(crate) fn with<R>(&self, read: impl FnOnce(&Run) -> R) -> R {
         read(&self.lock().run)
     }
 
     /// Uses the store.
-    pub fn store<R>(&self, use_it: impl FnOnce(&Store, &Run) -> R) -> R {
+    pub(crate) fn store<R>(&self, use_it: impl FnOnce(&Store, &Run) -> R) -> R {
         let inner = self.lock();
         use_it(&inner.store, &inner.run)
     }
 
     /// Ends the progress display.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         self.lock().progress.finish();
     }
 
     /// Why the events could not be written, where that is so: then nothing that follows would be on record.
-    pub fn broken(&self) -> Option<String> {
+    pub(crate) fn broken(&self) -> Option<String> {
         self.lock().broken.clone()
     }
 }

@@ -6,6 +6,8 @@ mod cli;
 mod clock;
 mod commands;
 mod event;
+#[cfg(test)]
+mod fake;
 mod faults;
 mod fold;
 mod gate;
@@ -23,12 +25,19 @@ mod signals;
 mod store;
 mod wrong;
 
-use std::{io::Write as _, process::ExitCode};
+use std::{
+    io::Write as _,
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use anyhow::{Context, Result};
 use clap::Parser;
 
 use crate::cli::{Cli, Command, exit};
+
+/// Whether anything in this process panicked.
+static PANICKED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -40,7 +49,12 @@ fn main() -> ExitCode {
             return code.into();
         }
     };
-    // A panic must never look like a verdict: 101 is no code of ours. Its message is printed by the default hook.
+    // A panic must never look like a verdict, not even one in a task that nothing waits for: 101 is no code of ours.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANICKED.store(true, Ordering::SeqCst);
+        print(panic);
+    }));
     let code = std::panic::catch_unwind(|| {
         command(cli).unwrap_or_else(|e| {
             let text = format!("{e:#}");

@@ -4,18 +4,18 @@ use crate::{cli::ProgressMode, event::Event, fold::Run};
 
 /// What is shown of a run while it runs.
 #[derive(Debug)]
-pub struct Progress {
+pub(crate) struct Progress {
     mode: ProgressMode,
 }
 
 impl Progress {
     /// A display of a mode.
-    pub fn new(mode: ProgressMode) -> Self {
+    pub(crate) fn new(mode: ProgressMode) -> Self {
         Self { mode }
     }
 
     /// Shows an event.
-    pub fn apply(&mut self, event: &Event, _: &Run) {
+    pub(crate) fn apply(&mut self, event: &Event, _: &Run) {
         if self.mode == ProgressMode::Json
             && let Ok(line) = serde_json::to_string(event)
         {
@@ -24,5 +24,5 @@ impl Progress {
     }
 
     /// Ends the display.
-    pub fn finish(&mut self) {}
+    pub(crate) fn finish(&mut self) {}
 }

@@ -34,7 +34,7 @@ const SETTLE: Duration = Duration::from_secs(3);
 const REVERT_TRIES: usize = 3;
 
 /// What everything in a run shares.
-pub struct Context {
+pub(crate) struct Context {
     pub plan: Plan,
     pub agents: Vec<Agent>,
     pub log: Arc<Log>,
@@ -48,7 +48,7 @@ pub struct Context {
 
 /// Why a run did not get to its end.
 #[derive(Debug, thiserror::Error)]
-pub enum Stopped {
+pub(crate) enum Stopped {
     /// Somebody asked for it.
     #[error("stopped by a person")]
     Person,
@@ -79,14 +79,14 @@ impl From<CallError> for Stopped {
 }
 
 /// What may interrupt a run at any time.
-pub struct Guard {
+pub(crate) struct Guard {
     pub signals: watch::Receiver<Asked>,
     pub trouble: mpsc::UnboundedReceiver<Stopped>,
 }
 
 impl Guard {
     /// Does something, unless the run is stopped first.
-    pub async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stopped> {
+    pub(crate) async fn during<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Stopped> {
         tokio::select! {
             biased;
             () = asked(&mut self.signals, Asked::Stop) => Err(Stopped::Person),
@@ -164,7 +164,11 @@ impl Tracker {
 /// Runs a round up to the end of its recovery. Whatever happens, what it injected is taken back.
 ///
 /// Gives what ended too early, in words: a round whose fault was not held to the end proves nothing good.
-pub async fn run(context: &Arc<Context>, guard: &mut Guard, round: usize) -> Result<Vec<String>, Stopped> {
+pub(crate) async fn run(
+    context: &Arc<Context>,
+    guard: &mut Guard,
+    round: usize,
+) -> Result<Vec<String>, Stopped> {
     let tracker = Arc::new(Tracker::default());
     // Dropped on every way out, which ends what runs beside.
     let mut beside = JoinSet::new();

@@ -42,7 +42,7 @@ use crate::{
 const WARM_UP: Duration = Duration::from_secs(2);
 
 /// `squall run`.
-pub async fn run(common: &Common, path: &Path, signals: watch::Receiver<Asked>) -> Result<u8> {
+pub(crate) async fn run(common: &Common, path: &Path, signals: watch::Receiver<Asked>) -> Result<u8> {
     let (text, plan) = check::load(path)?;
     let clock = Clock::start();
     let started = Timestamp::now();
@@ -150,7 +150,7 @@ fn conclude(common: &Common, log: &Log, ended: Ended) -> Result<u8> {
 }
 
 /// The verdict for a person at a terminal, or for a pipe.
-pub fn verdict_text(run: &Run) -> String {
+pub(crate) fn verdict_text(run: &Run) -> String {
     let set = |name| std::env::var_os(name).filter(|v| !v.is_empty());
     let colour =
         stdout().is_terminal() && set("NO_COLOR").is_none() && set("TERM").is_none_or(|t| t != "dumb");
@@ -324,3 +324,6 @@ impl Drop for AbortOnDrop {
         self.0.abort();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ use crate::{event::Event, fold::Run, report, wrong::Wrong};
 
 /// A run that is being written.
 #[derive(Debug)]
-pub struct Store {
+pub(crate) struct Store {
     /// Its id: short, hexadecimal, the name of its directory.
     pub id: String,
     dir: PathBuf,
@@ -21,7 +21,7 @@ pub struct Store {
 
 impl Store {
     /// Makes a directory with a new id; never one that is there.
-    pub fn create(runs: &Path, plan: &str) -> Result<Self> {
+    pub(crate) fn create(runs: &Path, plan: &str) -> Result<Self> {
         fs::create_dir_all(runs).with_context(|| format!("make {}", runs.display()))?;
         let mut digits = 4;
         let (id, dir) = loop {
@@ -45,7 +45,7 @@ impl Store {
     }
 
     /// Adds an event. It is with the kernel when this returns, so it outlives this process.
-    pub fn add(&mut self, event: &Event) -> Result<()> {
+    pub(crate) fn add(&mut self, event: &Event) -> Result<()> {
         let mut line = serde_json::to_vec(event)?;
         line.push(b'\n');
         self.events
@@ -54,13 +54,13 @@ impl Store {
     }
 
     /// Writes the log of the local agent beside the events.
-    pub fn add_log(&self, log: &str) -> Result<()> {
+    pub(crate) fn add_log(&self, log: &str) -> Result<()> {
         let path = self.dir.join("agent.log");
         fs::write(&path, log).with_context(|| format!("write {}", path.display()))
     }
 
     /// Writes the reports. Gives the path of the one for people.
-    pub fn write_reports(&self, run: &Run) -> Result<PathBuf> {
+    pub(crate) fn write_reports(&self, run: &Run) -> Result<PathBuf> {
         write_reports(&self.dir, run)
     }
 }
@@ -78,7 +78,7 @@ fn write_reports(dir: &Path, run: &Run) -> Result<PathBuf> {
 }
 
 /// Finds a run by its directory, its id, or the first letters of its id.
-pub fn find(runs: &Path, run: &str) -> Result<PathBuf, Wrong> {
+pub(crate) fn find(runs: &Path, run: &str) -> Result<PathBuf, Wrong> {
     let given = Path::new(run);
     if given.join("events.jsonl").is_file() {
         return Ok(given.to_owned());
@@ -109,7 +109,7 @@ pub fn find(runs: &Path, run: &str) -> Result<PathBuf, Wrong> {
 /// Reads a run from its events.
 ///
 /// A last line without an end is left out: that is how a run looks whose process died while it wrote.
-pub fn read(dir: &Path) -> Result<Run> {
+pub(crate) fn read(dir: &Path) -> Result<Run> {
     let path = dir.join("events.jsonl");
     let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
     let mut reader = BufReader::new(file);
@@ -128,7 +128,7 @@ pub fn read(dir: &Path) -> Result<Run> {
 }
 
 /// Makes the reports of a run again. Gives the path of the one for people.
-pub fn report_again(dir: &Path) -> Result<(Run, PathBuf)> {
+pub(crate) fn report_again(dir: &Path) -> Result<(Run, PathBuf)> {
     let run = read(dir)?;
     let path = write_reports(dir, &run)?;
     Ok((run, path))

@@ -7,21 +7,21 @@ use crate::{
 };
 
 /// Judges the gates of one round.
-pub fn judge_round(_: &Run, _: &Plan, _: usize) -> Vec<Finding> {
+pub(crate) fn judge_round(_: &Run, _: &Plan, _: usize) -> Vec<Finding> {
     Vec::new()
 }
 
 /// Judges the plan's own gates.
-pub fn judge_run(_: &Run, _: &Plan) -> Vec<Finding> {
+pub(crate) fn judge_run(_: &Run, _: &Plan) -> Vec<Finding> {
     Vec::new()
 }
 
 /// What all findings say together.
-pub fn verdict(_: &[Finding], _: OnFail, _: bool) -> (Verdict, String) {
+pub(crate) fn verdict(_: &[Finding], _: OnFail, _: bool) -> (Verdict, String) {
     (Verdict::Inconclusive, "no gate was judged, so nothing is proven".into())
 }
 
 /// Whether a round has recovered.
-pub fn recovered(_: &Run, _: &Plan, _: usize) -> bool {
+pub(crate) fn recovered(_: &Run, _: &Plan, _: usize) -> bool {
     false
 }

@@ -5,6 +5,6 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use crate::{clock::Clock, event::What, plan::Probe};
 
 /// Starts a probe.
-pub fn start(_: &str, _: &Probe, _: Clock, tx: mpsc::UnboundedSender<What>) -> JoinHandle<()> {
+pub(crate) fn start(_: &str, _: &Probe, _: Clock, tx: mpsc::UnboundedSender<What>) -> JoinHandle<()> {
     tokio::spawn(async move { tx.closed().await })
 }
