@@ -64,7 +64,7 @@ fn a_wrong_plan_is_2_names_the_line_and_leaves_no_run() {
     for command in ["check", "run"] {
         let ran = ran(dir.path(), &[command, "wrong.yaml"]);
         assert_eq!((ran.code, ran.stdout.as_str()), (Some(2), ""), "{}", ran.stderr);
-        assert!(ran.stderr.contains("wrong.yaml:7:41: rounds[0].hold: `2` has no unit"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("wrong.yaml:7:40: rounds[0].hold: `2` has no unit"), "{}", ran.stderr);
         assert!(ran.stderr.contains("write 2ms or 2s"), "{}", ran.stderr);
     }
     let ran = ran(dir.path(), &["run", "nothing.yaml"]);
