@@ -43,7 +43,7 @@ const LOG_LINES: usize = 5000;
 
 /// Where an agent listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Address {
+pub(crate) enum Address {
     /// A unix socket.
     Unix(PathBuf),
     /// Host and port on loopback, without TLS.
@@ -94,7 +94,7 @@ impl fmt::Display for Address {
 
 /// A call that an agent did not do.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// There is no such injection there, or nothing there that the selector matches.
     #[error("{node}: {message}")]
     NotThere {
@@ -151,7 +151,7 @@ impl CallError {
 
 /// An agent that answers.
 #[derive(Debug, Clone)]
-pub struct Agent {
+pub(crate) struct Agent {
     /// Host name of its node.
     pub node: String,
     /// Where it was reached.
@@ -165,7 +165,7 @@ type Called<T> = Result<T, CallError>;
 
 impl Agent {
     /// Connects and asks what the node is. Waits for nothing: an agent that is not there is an error.
-    pub async fn connect(address: &Address) -> Result<Self> {
+    pub(crate) async fn connect(address: &Address) -> Result<Self> {
         let channel = open(address).await?;
         let mut client = AgentClient::new(channel);
         let describe = client.describe(v1::DescribeRequest::default());
@@ -193,70 +193,70 @@ impl Agent {
     }
 
     /// What the selectors resolve to there now, in order.
-    pub async fn resolve(&self, targets: Vec<v1::Target>) -> Called<Vec<v1::Resolved>> {
+    pub(crate) async fn resolve(&self, targets: Vec<v1::Target>) -> Called<Vec<v1::Resolved>> {
         let mut client = self.client.clone();
         let response = self.call(QUICK, client.describe(v1::DescribeRequest { targets })).await?;
         Ok(response.resolved)
     }
 
     /// Checks and prepares an injection; with `dry_run` keeps nothing.
-    pub async fn arm(&self, request: v1::ArmRequest) -> Called<Vec<v1::Injection>> {
+    pub(crate) async fn arm(&self, request: v1::ArmRequest) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();
         Ok(self.call(QUICK, client.arm(request)).await?.injections)
     }
 
     /// Injects what was armed.
-    pub async fn fire(&self, ids: Vec<String>) -> Called<Vec<v1::Injection>> {
+    pub(crate) async fn fire(&self, ids: Vec<String>) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();
         Ok(self.call(QUICK, client.fire(v1::FireRequest { ids })).await?.injections)
     }
 
     /// Renews leases; gives the ids that are not live any more.
-    pub async fn renew(&self, ids: Vec<String>) -> Called<Vec<String>> {
+    pub(crate) async fn renew(&self, ids: Vec<String>) -> Called<Vec<String>> {
         let mut client = self.client.clone();
         Ok(self.call(RENEW, client.renew(v1::RenewRequest { ids })).await?.gone)
     }
 
     /// Reverts injections and waits until the host is as before.
-    pub async fn revert(&self, ids: Vec<String>) -> Called<Vec<v1::Injection>> {
+    pub(crate) async fn revert(&self, ids: Vec<String>) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();
         Ok(self.call(REVERT, client.revert(v1::RevertRequest { ids, all: false })).await?.injections)
     }
 
     /// Reverts everything the agent holds.
-    pub async fn revert_all(&self) -> Called<Vec<v1::Injection>> {
+    pub(crate) async fn revert_all(&self) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();
         let request = v1::RevertRequest { ids: vec![], all: true };
         Ok(self.call(REVERT, client.revert(request)).await?.injections)
     }
 
     /// The injections it holds, and those that ended lately.
-    pub async fn list(&self) -> Called<Vec<v1::Injection>> {
+    pub(crate) async fn list(&self) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();
         Ok(self.call(QUICK, client.list(v1::ListRequest {})).await?.injections)
     }
 
     /// State and effect of injections: at once, at each change, once a second.
-    pub async fn watch(&self, ids: Vec<String>) -> Called<Streaming<v1::Injection>> {
+    pub(crate) async fn watch(&self, ids: Vec<String>) -> Called<Streaming<v1::Injection>> {
         let mut client = self.client.clone();
         self.call(QUICK, client.watch(v1::WatchRequest { ids, interval_ns: 1_000_000_000 })).await
     }
 
     /// What a target uses, once a second.
-    pub async fn sample(&self, target: v1::Target) -> Called<Streaming<v1::TargetSample>> {
+    pub(crate) async fn sample(&self, target: v1::Target) -> Called<Streaming<v1::TargetSample>> {
         let mut client = self.client.clone();
         let request = v1::SampleRequest { target: Some(target), interval_ns: 1_000_000_000 };
         self.call(QUICK, client.sample(request)).await
     }
 
     /// An error of one of its streams.
-    pub fn stream_error(&self, status: &Status) -> CallError {
+    pub(crate) fn stream_error(&self, status: &Status) -> CallError {
         CallError::of(&self.node, status)
     }
 
     /// The kinds of fault that work there, each with its mechanisms.
     #[must_use]
-    pub fn faults(&self) -> std::collections::BTreeMap<String, String> {
+    pub(crate) fn faults(&self) -> std::collections::BTreeMap<String, String> {
         let available = self.about.faults.iter().filter(|f| f.available);
         available
             .map(|fault| {
@@ -294,7 +294,7 @@ async fn serving(address: &Address) -> Result<bool> {
 
 /// What to do where no `--agents` were given and none answers on the local socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Local {
+pub(crate) enum Local {
     /// Start one, and stop it after.
     Start,
     /// Say so.
@@ -304,16 +304,16 @@ pub enum Local {
 /// An agent that was named does not answer.
 #[derive(Debug, Error)]
 #[error("{0}")]
-pub struct Unreachable(String);
+pub(crate) struct Unreachable(String);
 
 /// No agent was named and none runs here.
 #[derive(Debug, Error)]
 #[error("no agent answers at {0}; start `squall-agent` as root, or name one with --agents")]
-pub struct NoAgent(Address);
+pub(crate) struct NoAgent(Address);
 
 /// The agents that take part, and the local one that was started for them.
 #[derive(Debug)]
-pub struct Agents {
+pub(crate) struct Agents {
     /// Those that answer.
     pub list: Vec<Agent>,
     local: Option<LocalAgent>,
@@ -321,7 +321,7 @@ pub struct Agents {
 
 impl Agents {
     /// Connects to all of `addresses`, or where there are none to the agent of this host.
-    pub async fn connect(addresses: &[Address], local: Local) -> Result<Self> {
+    pub(crate) async fn connect(addresses: &[Address], local: Local) -> Result<Self> {
         if addresses.is_empty() {
             return Self::local(local).await;
         }
@@ -342,7 +342,7 @@ impl Agents {
 
     /// Agents that are there already.
     #[cfg(test)]
-    pub fn of(list: Vec<Agent>) -> Self {
+    pub(crate) fn of(list: Vec<Agent>) -> Self {
         Self { list, local: None }
     }
 
@@ -363,12 +363,12 @@ impl Agents {
 
     /// The log of the local agent, if one was started.
     #[must_use]
-    pub fn log(&self) -> Option<String> {
+    pub(crate) fn log(&self) -> Option<String> {
         self.local.as_ref().map(LocalAgent::log)
     }
 
     /// Stops the local agent, if one was started: it drains, and this waits for it.
-    pub async fn stop(self) -> Result<()> {
+    pub(crate) async fn stop(self) -> Result<()> {
         drop(self.list);
         match self.local {
             Some(local) => local.stop().await,

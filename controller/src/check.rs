@@ -10,9 +10,10 @@ use squall_proto::v1;
 use crate::{
     agents::{Agent, Agents, Local},
     cli::{Common, Output, exit},
-    commands::{counted, out, print_json},
+    commands::{out, print_json},
     faults::{Armed, LEASE, NotArmed, Order},
     plan::{self, Plan, Target, fault::time},
+    report::figure::several,
     wrong::Wrong,
 };
 
@@ -20,7 +21,7 @@ use crate::{
 const MARGIN: Duration = LEASE;
 
 /// Reads a plan from its file.
-pub fn load(path: &Path) -> Result<(String, Plan)> {
+pub(crate) fn load(path: &Path) -> Result<(String, Plan)> {
     let text =
         std::fs::read_to_string(path).map_err(|e| Wrong(format!("cannot read {}: {e}", path.display())))?;
     let plan = plan::parse(path, &text)?;
@@ -28,7 +29,7 @@ pub fn load(path: &Path) -> Result<(String, Plan)> {
 }
 
 /// The faults of a round as orders. Ids start with `run`; seeds that the plan does not give come from `seed`.
-pub fn orders(plan: &Plan, round: usize, run: &str, seed: u64) -> Result<Vec<Order>> {
+pub(crate) fn orders(plan: &Plan, round: usize, run: &str, seed: u64) -> Result<Vec<Order>> {
     let of = &plan.rounds[round];
     let order = |(n, fault): (usize, &plan::Fault)| {
         let target =
@@ -65,7 +66,7 @@ fn mixed(seed: u64, n: u64) -> u64 {
 }
 
 /// What was found out about a plan.
-pub struct Checked {
+pub(crate) struct Checked {
     /// Name of each local target, and what it resolves to by agent.
     pub targets: Vec<(String, Vec<v1::Resolved>)>,
     /// By round and fault: what would be injected, or why not.
@@ -73,7 +74,7 @@ pub struct Checked {
 }
 
 /// Resolves every target and arms every fault without keeping it. Fails only where an agent fails.
-pub async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Result<Checked> {
+pub(crate) async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Result<Checked> {
     let local: Vec<(String, v1::Target)> =
         plan.targets.iter().filter_map(|(name, t)| Some((name.clone(), t.proto()?))).collect();
     let protos: Vec<v1::Target> = local.iter().map(|(_, t)| t.clone()).collect();
@@ -100,7 +101,7 @@ pub async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64) -> Res
 
 impl Checked {
     /// Everything that stands in the way of a run; empty where nothing does.
-    pub fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<String> {
+    pub(crate) fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<String> {
         let mut problems = Vec::new();
         for (name, resolved) in &self.targets {
             if resolved.iter().all(|r| r.targets.is_empty()) {
@@ -126,7 +127,7 @@ impl Checked {
 }
 
 /// `squall check`.
-pub async fn check(common: &Common, path: &Path) -> Result<u8> {
+pub(crate) async fn check(common: &Common, path: &Path) -> Result<u8> {
     let (_, plan) = load(path)?;
     let agents = Agents::connect(&common.agents, Local::Start).await?;
     let checked = dry_run(&plan, &agents.list, "check", plan.seed.unwrap_or(1)).await;
@@ -156,8 +157,8 @@ pub async fn check(common: &Common, path: &Path) -> Result<u8> {
 fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
     let mut text = String::new();
     let longest: Duration = plan.rounds.iter().map(plan::Round::longest).sum();
-    let rounds = counted(plan.rounds.len(), "round");
-    let nodes = counted(agents.len(), "node");
+    let rounds = several(plan.rounds.len(), "round");
+    let nodes = several(agents.len(), "node");
     let _ = writeln!(text, "{}: {rounds}, at most {}, {nodes}\n\nTARGETS", plan.name, time(longest));
     for (name, resolved) in &checked.targets {
         let on = resolved.iter().filter(|r| !r.targets.is_empty()).count();
@@ -219,7 +220,7 @@ fn fault_text(text: &mut String, agents: &[Agent], order: &Order, armed: &Result
 
 fn gates_text(text: &mut String, plan: &Plan, round: Option<&plan::Round>) {
     for gate in round.map_or(&plan.gates, |round| &round.gates) {
-        let _ = writeln!(text, "  gate   {}", gate.outline());
+        let _ = writeln!(text, "  gate   {}", gate.line());
     }
 }
 
@@ -262,7 +263,7 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[String]
                 "hold_seconds": round.hold.as_secs_f64(),
                 "recovery_seconds": round.recovery.as_secs_f64(),
                 "faults": faults.iter().map(fault).collect::<Vec<_>>(),
-                "gates": round.gates.iter().map(|g| json!({ "gate": g.outline() })).collect::<Vec<_>>(),
+                "gates": round.gates.iter().map(|g| json!({ "gate": g.line() })).collect::<Vec<_>>(),
             })
         })
         .collect();

@@ -14,20 +14,21 @@ use crate::{
 };
 
 /// Exit codes. They are an API: CI reads them.
-pub mod exit {
+pub(crate) mod exit {
     /// Every gate passed, or the command did what it was asked.
-    pub const OK: u8 = 0;
+    pub(crate) const OK: u8 = 0;
     /// The plan or the command is wrong. Nothing was injected.
-    pub const WRONG: u8 = 2;
+    pub(crate) const WRONG: u8 = 2;
     /// Nothing failed, but not everything is proven.
-    pub const INCONCLUSIVE: u8 = 3;
+    pub(crate) const INCONCLUSIVE: u8 = 3;
     /// Stopped by a person, a safety limit or a lost agent.
-    pub const ABORTED: u8 = 4;
+    pub(crate) const ABORTED: u8 = 4;
     /// Our own failure.
-    pub const OURS: u8 = 5;
+    pub(crate) const OURS: u8 = 5;
 }
 
-const EXIT_CODES: &str = "\
+/// What `squall help exit-codes` prints.
+pub(crate) const EXIT_CODES: &str = "\
 Exit codes
   0  promote: every gate passed and every fault bit (other commands: done)
   1  block or rollback: a gate failed
@@ -39,7 +40,7 @@ Exit codes
 /// Breaks a running service on purpose and says whether a release may go out.
 #[derive(Debug, Parser)]
 #[command(name = "squall", version, after_help = "`squall help exit-codes` says what the exit codes mean.")]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(flatten)]
     pub common: Common,
     #[command(subcommand)]
@@ -48,25 +49,38 @@ pub struct Cli {
 
 /// What every command takes.
 #[derive(Debug, Args)]
-pub struct Common {
+pub(crate) struct Common {
     /// An agent: unix:///run/squall/agent.sock or http://127.0.0.1:7400 (loopback only). Repeatable; without it
     /// the agent of this host is used, and where none runs, one is started for this command
-    #[arg(long = "agents", value_name = "ADDRESS", global = true, value_delimiter = ',')]
+    #[arg(
+        long = "agents",
+        value_name = "ADDRESS",
+        global = true,
+        help_heading = "Everywhere",
+        value_delimiter = ','
+    )]
     pub agents: Vec<Address>,
     /// Form of the output
-    #[arg(short, long, value_name = "FORM", global = true, default_value = "text")]
+    #[arg(
+        short,
+        long,
+        value_name = "FORM",
+        global = true,
+        help_heading = "Everywhere",
+        default_value = "text"
+    )]
     pub output: Output,
     /// What to show of a run while it runs, on stderr
-    #[arg(long, value_name = "MODE", global = true, default_value = "auto")]
+    #[arg(long, value_name = "MODE", global = true, help_heading = "Everywhere", default_value = "auto")]
     pub progress: ProgressMode,
     /// Directory of the runs
-    #[arg(long, value_name = "DIR", global = true, default_value = "runs")]
+    #[arg(long, value_name = "DIR", global = true, help_heading = "Everywhere", default_value = "runs")]
     pub runs: PathBuf,
 }
 
 /// Form of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people.
     Text,
     /// For scripts.
@@ -75,7 +89,7 @@ pub enum Output {
 
 /// What to show of a run while it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ProgressMode {
+pub(crate) enum ProgressMode {
     /// Live on a terminal, plain otherwise
     Auto,
     /// A view that redraws itself
@@ -90,7 +104,7 @@ pub enum ProgressMode {
 
 /// Commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Run the rounds of a plan, print the verdict, write runs/<id>/
     Run {
         /// The plan, a YAML file
@@ -126,13 +140,13 @@ pub enum Command {
         format: Option<Format>,
     },
     /// What the exit codes mean
-    #[command(hide = true, long_about = EXIT_CODES)]
+    #[command(hide = true, about = EXIT_CODES, help_template = "{about}")]
     ExitCodes,
 }
 
 /// A form of report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// One self-contained file
     Html,
     /// For machines
@@ -141,7 +155,7 @@ pub enum Format {
 
 /// Kinds of fault.
 #[derive(Debug, Subcommand)]
-pub enum Inject {
+pub(crate) enum Inject {
     /// Delay, lose or cut off packets
     Network(InjectNetwork),
     /// Burn CPU time inside the target's cgroup
@@ -152,7 +166,7 @@ pub enum Inject {
 
 /// What to hurt, and for how long.
 #[derive(Debug, Args)]
-pub struct What {
+pub(crate) struct What {
     #[command(flatten)]
     pub target: TargetArgs,
     /// How long, then it ends by itself: 30s, 5m
@@ -166,7 +180,7 @@ pub struct What {
 /// What to hurt. Every given term must match.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
-pub struct TargetArgs {
+pub(crate) struct TargetArgs {
     /// Processes with this executable: a path, or its last part
     #[arg(long, value_name = "NAME", conflicts_with = "cgroup")]
     pub exe: Option<String>,
@@ -189,7 +203,7 @@ pub struct TargetArgs {
 
 /// `squall inject network`.
 #[derive(Debug, Args)]
-pub struct InjectNetwork {
+pub(crate) struct InjectNetwork {
     #[command(flatten)]
     pub common: What,
     /// The far side: 10.0.0.7/32:6379/tcp, [fd00::/64]:6379, *:53/udp. Repeatable; without it every packet
@@ -220,7 +234,7 @@ pub struct InjectNetwork {
 
 /// `squall inject cpu`.
 #[derive(Debug, Args)]
-pub struct InjectCpu {
+pub(crate) struct InjectCpu {
     #[command(flatten)]
     pub common: What,
     /// Load on the CPUs that the target may use
@@ -233,7 +247,7 @@ pub struct InjectCpu {
 
 /// `squall inject memory`.
 #[derive(Debug, Args)]
-pub struct InjectMemory {
+pub(crate) struct InjectMemory {
     #[command(flatten)]
     pub common: What,
     /// How much: 200MiB, or 90% of the limit
@@ -263,7 +277,7 @@ fn parse_size(text: &str) -> Result<Size, String> {
 
 impl Inject {
     /// What to hurt, and for how long.
-    pub fn common(&self) -> &What {
+    pub(crate) fn common(&self) -> &What {
         match self {
             Self::Network(n) => &n.common,
             Self::Cpu(c) => &c.common,
@@ -272,7 +286,7 @@ impl Inject {
     }
 
     /// The fault for an agent, and a line for people.
-    pub fn fault(&self) -> Result<(squall_proto::v1::Fault, String), Wrong> {
+    pub(crate) fn fault(&self) -> Result<(squall_proto::v1::Fault, String), Wrong> {
         let on = self.common().target.shown();
         match self {
             Self::Network(args) => {
@@ -310,7 +324,7 @@ impl TargetArgs {
     }
 
     /// The target in the words of a plan.
-    pub fn target(&self) -> crate::plan::Target {
+    pub(crate) fn target(&self) -> crate::plan::Target {
         use crate::plan::Target;
         match (&self.cgroup, &self.interface) {
             (Some(path), _) => Target::Cgroup { path: path.clone() },
@@ -322,7 +336,7 @@ impl TargetArgs {
     }
 
     /// What was asked for, for people.
-    pub fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         let pid = self.pid.map(|pid| format!("pid {pid}"));
         let cmdline = self.cmdline.as_ref().map(|text| format!("*{text}*"));
         let interface = self.interface.clone().filter(|_| self.is_interface());

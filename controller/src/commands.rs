@@ -10,13 +10,19 @@ use squall_proto::v1::{self, State};
 
 use crate::{
     agents::{Agent, Agents, CallError, Local},
-    cli::{Common, Output, exit},
+    cli::{Common, Format, Output, exit},
     faults::{figures, left},
+    report::{
+        self,
+        figure::{self, several},
+    },
+    run::verdict_text,
+    store,
     wrong::Wrong,
 };
 
 /// `squall nodes`.
-pub async fn nodes(common: &Common) -> Result<u8> {
+pub(crate) async fn nodes(common: &Common) -> Result<u8> {
     let agents = Agents::connect(&common.agents, Local::Refuse).await?;
     match common.output {
         Output::Json => print_json(&agents.list.iter().map(node_json).collect()),
@@ -83,24 +89,24 @@ fn works(available: bool) -> &'static str {
 }
 
 /// A table without lines, as wide as the terminal.
-pub fn table() -> Table {
+pub(crate) fn table() -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table
 }
 
 /// Prints to stdout. A reader that went away (`squall status | head`) is no failure.
-pub fn out(text: &str) {
+pub(crate) fn out(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// Prints one JSON value to stdout.
-pub fn print_json(value: &Value) {
+pub(crate) fn print_json(value: &Value) {
     out(&format!("{value:#}\n"));
 }
 
 /// `squall status`.
-pub async fn status(common: &Common) -> Result<u8> {
+pub(crate) async fn status(common: &Common) -> Result<u8> {
     let agents = Agents::connect(&common.agents, Local::Refuse).await?;
     let mut found = Vec::new();
     for (agent, list) in agents.list.iter().zip(join_all(agents.list.iter().map(Agent::list)).await) {
@@ -109,7 +115,7 @@ pub async fn status(common: &Common) -> Result<u8> {
     match common.output {
         Output::Json => print_json(&found.iter().map(|(node, i)| injection_json(node, i)).collect()),
         Output::Text if found.is_empty() => {
-            out(&format!("no injections on {}\n", counted(agents.list.len(), "node")))
+            out(&format!("no injections on {}\n", several(agents.list.len(), "node")))
         }
         Output::Text => {
             let mut table = table();
@@ -126,7 +132,7 @@ pub async fn status(common: &Common) -> Result<u8> {
 }
 
 /// An injection as JSON.
-pub fn injection_json(node: &str, i: &v1::Injection) -> Value {
+pub(crate) fn injection_json(node: &str, i: &v1::Injection) -> Value {
     let effect = i.effect.as_ref();
     json!({
         "id": i.id,
@@ -163,7 +169,7 @@ fn state_name(state: State) -> &'static str {
 }
 
 /// State in the words that people use: what it does, not what was asked for.
-pub fn state(i: &v1::Injection) -> String {
+pub(crate) fn state(i: &v1::Injection) -> String {
     match i.state() {
         State::Active if i.effect.as_ref().is_some_and(|e| e.bit) => "● biting".into(),
         State::Active => "○ idle".into(),
@@ -183,30 +189,14 @@ fn ends(i: &v1::Injection) -> String {
 }
 
 /// What it measurably did: `matched 1204 packets, dropped 61 packets`.
-pub fn measured(i: &v1::Injection) -> String {
+pub(crate) fn measured(i: &v1::Injection) -> String {
     let Some(effect) = &i.effect else { return "nothing yet".into() };
-    let figures: Vec<String> = effect.figures.iter().map(figure).collect();
-    figures.join(", ")
-}
-
-fn figure(f: &v1::Figure) -> String {
-    let value = match f.unit.as_str() {
-        "ratio" => return format!("{} {:.1}%", f.name, f.value * 100.0),
-        "bytes" => return format!("{} {:.1} MiB", f.name, f.value / f64::from(1 << 20)),
-        "seconds" => return format!("{} {:.1} ms", f.name, f.value * 1e3),
-        _ if f.value.fract() == 0.0 => format!("{:.0}", f.value),
-        _ => format!("{:.2}", f.value),
-    };
-    format!("{} {value} {}", f.name, f.unit)
-}
-
-/// `1 node`, `3 nodes`.
-pub fn counted(n: usize, noun: &str) -> String {
-    if n == 1 { format!("1 {noun}") } else { format!("{n} {noun}s") }
+    let shown: Vec<String> = figures(effect).iter().map(figure::effect).collect();
+    shown.join(", ")
 }
 
 /// `squall revert`.
-pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
+pub(crate) async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
     // A start replays the journal, so even what a dead agent left can be reverted.
     let local = if all { Local::Start } else { Local::Refuse };
     let agents = Agents::connect(&common.agents, local).await?;
@@ -247,7 +237,7 @@ pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
             for (node, i) in &found {
                 out(&format!("{}  {node}  {}  {}\n", i.id, i.summary, state(i)));
             }
-            out(&format!("{reverted} of {} reverted on {}\n", found.len(), counted(nodes, "node")));
+            out(&format!("{reverted} of {} reverted on {}\n", found.len(), several(nodes, "node")));
         }
     }
     if let Some(e) = lost.into_iter().next() {
@@ -261,4 +251,22 @@ pub async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
     }
     stopped?;
     Ok(if reverted == found.len() { exit::OK } else { exit::OURS })
+}
+
+/// `squall report`.
+pub(crate) fn report(common: &Common, run: &str, format: Option<Format>) -> Result<u8> {
+    let dir = store::find(&common.runs, run)?;
+    match format {
+        None => {
+            let (run, path) = store::report_again(&dir)?;
+            match common.output {
+                Output::Json => print_json(&report::json(&run)),
+                Output::Text => out(&verdict_text(&run)),
+            }
+            eprintln!("squall: wrote {}", path.display());
+        }
+        Some(Format::Html) => out(&report::html(&store::read(&dir)?)?),
+        Some(Format::Json) => print_json(&report::json(&store::read(&dir)?)),
+    }
+    Ok(exit::OK)
 }

@@ -11,13 +11,13 @@ use crate::{
 };
 
 /// Without a renewal for this long, what was injected ends by itself.
-pub const LEASE: Duration = Duration::from_secs(5);
+pub(crate) const LEASE: Duration = Duration::from_secs(5);
 /// How often leases are renewed: four may get lost.
-pub const RENEW_EVERY: Duration = Duration::from_secs(1);
+pub(crate) const RENEW_EVERY: Duration = Duration::from_secs(1);
 
 /// A fault for agents.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Order {
+pub(crate) struct Order {
     /// Id of the injection, or of its parts.
     pub id: String,
     /// Name of the target.
@@ -36,7 +36,7 @@ pub struct Order {
 
 /// Why an order cannot be carried out.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NotArmed {
+pub(crate) enum NotArmed {
     /// It is wrong, or not possible there: the plan's or the command's fault. Nothing was changed.
     #[error("{0}")]
     Wrong(String),
@@ -46,7 +46,7 @@ pub enum NotArmed {
 }
 
 /// Armed injections: index of the agent, and what it says.
-pub type Armed = Vec<(usize, v1::Injection)>;
+pub(crate) type Armed = Vec<(usize, v1::Injection)>;
 
 impl Order {
     fn request(&self, dry_run: bool) -> v1::ArmRequest {
@@ -63,7 +63,7 @@ impl Order {
     /// Arms it on every agent where its target is; with `dry_run` only checks that this is possible.
     ///
     /// An agent where the target is not takes no part. None at all is an error that says why, node by node.
-    pub async fn arm(&self, agents: &[Agent], dry_run: bool) -> Result<Armed, NotArmed> {
+    pub(crate) async fn arm(&self, agents: &[Agent], dry_run: bool) -> Result<Armed, NotArmed> {
         let answers = join_all(agents.iter().map(|agent| agent.arm(self.request(dry_run)))).await;
         let (mut armed, mut refused, mut not_there) = (Vec::new(), Vec::new(), Vec::new());
         for (index, answer) in answers.into_iter().enumerate() {
@@ -87,13 +87,13 @@ impl Order {
 
 /// Injections that may be live, by agent.
 #[derive(Debug, Clone, Default)]
-pub struct Held {
+pub(crate) struct Held {
     ids: BTreeMap<usize, Vec<String>>,
 }
 
 /// What became of an attempt to take injections back.
 #[derive(Debug, Default)]
-pub struct TakenBack {
+pub(crate) struct TakenBack {
     /// Index of the agent, and the injection as it stands now.
     pub injections: Armed,
     /// Agents that could not be asked: index, ids, why.
@@ -102,14 +102,14 @@ pub struct TakenBack {
 
 impl Held {
     /// Adds injections.
-    pub fn add(&mut self, armed: &Armed) {
+    pub(crate) fn add(&mut self, armed: &Armed) {
         for (agent, injection) in armed {
             self.ids.entry(*agent).or_default().push(injection.id.clone());
         }
     }
 
     /// Forgets an injection that has ended.
-    pub fn remove(&mut self, agent: usize, id: &str) {
+    pub(crate) fn remove(&mut self, agent: usize, id: &str) {
         if let Some(ids) = self.ids.get_mut(&agent) {
             ids.retain(|i| i != id);
             if ids.is_empty() {
@@ -119,17 +119,17 @@ impl Held {
     }
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.ids.values().map(Vec::len).sum()
     }
 
     /// Ids by agent.
-    pub fn by_agent(&self) -> &BTreeMap<usize, Vec<String>> {
+    pub(crate) fn by_agent(&self) -> &BTreeMap<usize, Vec<String>> {
         &self.ids
     }
 
     /// Injects what was armed, on all agents at once.
-    pub async fn fire(&self, agents: &[Agent]) -> Result<Armed, CallError> {
+    pub(crate) async fn fire(&self, agents: &[Agent]) -> Result<Armed, CallError> {
         let fired = self
             .ids
             .iter()
@@ -142,7 +142,7 @@ impl Held {
     }
 
     /// Renews all leases. Gives what is not live any more: index of the agent and id.
-    pub async fn renew(&self, agents: &[Agent]) -> Result<Vec<(usize, String)>, CallError> {
+    pub(crate) async fn renew(&self, agents: &[Agent]) -> Result<Vec<(usize, String)>, CallError> {
         let renewed = self
             .ids
             .iter()
@@ -155,7 +155,7 @@ impl Held {
     }
 
     /// Takes everything back, on all agents at once, and waits for it. Never fails as a whole.
-    pub async fn revert(&self, agents: &[Agent]) -> TakenBack {
+    pub(crate) async fn revert(&self, agents: &[Agent]) -> TakenBack {
         let reverted = self.ids.iter().map(|(&agent, ids)| async move {
             // What the agent has forgotten ended long ago, and must not keep the others from being reverted.
             let each = ids.iter().map(|id| async move { (id, agents[agent].revert(vec![id.clone()]).await) });
@@ -184,12 +184,12 @@ impl Held {
 }
 
 /// How long until a time of the agent's clock, when it sent this.
-pub fn left(injection: &v1::Injection, boot_ns: u64) -> Duration {
+pub(crate) fn left(injection: &v1::Injection, boot_ns: u64) -> Duration {
     Duration::from_nanos(boot_ns.saturating_sub(injection.now_boot_ns))
 }
 
 /// What an agent reported, as an event has it. `now` is the time of the run.
-pub fn as_event(agent: &Agent, on: &str, injection: &v1::Injection, now: f64) -> event::Injection {
+pub(crate) fn as_event(agent: &Agent, on: &str, injection: &v1::Injection, now: f64) -> event::Injection {
     event::Injection {
         id: injection.id.clone(),
         node: agent.node.clone(),
@@ -206,13 +206,13 @@ pub fn as_event(agent: &Agent, on: &str, injection: &v1::Injection, now: f64) ->
 }
 
 /// The figures of an effect.
-pub fn figures(effect: &v1::Effect) -> Vec<event::Figure> {
+pub(crate) fn figures(effect: &v1::Effect) -> Vec<event::Figure> {
     let figure =
         |f: &v1::Figure| event::Figure { name: f.name.clone(), value: f.value, unit: f.unit.clone() };
     effect.figures.iter().map(figure).collect()
 }
 
 /// A new id: short, hexadecimal, unlikely to be in use.
-pub fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     format!("{:06x}", rand::random::<u32>() & 0x00ff_ffff)
 }

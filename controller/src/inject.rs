@@ -14,9 +14,10 @@ use tokio::{
 use crate::{
     agents::{Agent, Agents, CallError, Local},
     cli::{Common, Inject, Output, exit},
-    commands::{counted, injection_json, measured, out, state},
+    commands::{injection_json, measured, out, state},
     faults::{Armed, Held, LEASE, Order, RENEW_EVERY, left, new_id},
     plan::fault::time,
+    report::figure::several,
     signals::{Asked, asked},
     wrong::Wrong,
 };
@@ -34,7 +35,11 @@ enum Over {
 }
 
 /// `squall inject`.
-pub async fn inject(common: &Common, inject: &Inject, signals: &mut watch::Receiver<Asked>) -> Result<u8> {
+pub(crate) async fn inject(
+    common: &Common,
+    inject: &Inject,
+    signals: &mut watch::Receiver<Asked>,
+) -> Result<u8> {
     let (fault, summary) = inject.fault().map_err(|(message, fix)| Wrong(format!("{message}: {fix}")))?;
     let what = inject.common();
     let target = what
@@ -203,7 +208,7 @@ fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach:
         ));
         return;
     }
-    out(&format!("{}  id {}  on {}\n", order.summary, order.id, counted(fired.len(), "target")));
+    out(&format!("{}  id {}  on {}\n", order.summary, order.id, several(fired.len(), "target")));
     for (agent, i) in fired {
         out(&format!("  {}  by {}\n", place(&agents[*agent], i), i.mechanism));
         for change in &i.changes {

@@ -3,25 +3,41 @@
 mod agents;
 mod check;
 mod cli;
+mod clock;
 mod commands;
 mod event;
+#[cfg(test)]
+mod fake;
 mod faults;
 mod fold;
 mod gate;
+mod gauges;
 mod inject;
+mod log;
 mod outline;
 mod plan;
 mod probe;
+mod progress;
 mod report;
+mod round;
+mod run;
 mod signals;
+mod store;
 mod wrong;
 
-use std::{io::Write as _, process::ExitCode};
+use std::{
+    io::Write as _,
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use anyhow::{Context, Result};
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
 use crate::cli::{Cli, Command, exit};
+
+/// Whether anything in this process panicked.
+static PANICKED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -33,7 +49,12 @@ fn main() -> ExitCode {
             return code.into();
         }
     };
-    // A panic must never look like a verdict: 101 is no code of ours. Its message is printed by the default hook.
+    // A panic must never look like a verdict, not even one in a task that nothing waits for: 101 is no code of ours.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANICKED.store(true, Ordering::SeqCst);
+        print(panic);
+    }));
     let code = std::panic::catch_unwind(|| {
         command(cli).unwrap_or_else(|e| {
             let text = format!("{e:#}");
@@ -53,9 +74,7 @@ fn main() -> ExitCode {
 
 fn command(cli: Cli) -> Result<u8> {
     if let Command::ExitCodes = cli.command {
-        let mut command = Cli::command();
-        let codes = command.find_subcommand_mut("exit-codes").and_then(|c| c.get_long_about().cloned());
-        commands::out(&format!("{}\n", codes.unwrap_or_default()));
+        commands::out(&format!("{}\n", cli::EXIT_CODES));
         return Ok(exit::OK);
     }
     let runtime =
@@ -71,7 +90,9 @@ fn command(cli: Cli) -> Result<u8> {
             Command::Status => commands::status(common).await,
             Command::Revert { ids, all } => commands::revert(common, ids, *all).await,
             Command::Nodes => commands::nodes(common).await,
-            Command::Run { .. } | Command::Report { .. } | Command::ExitCodes => Ok(exit::OURS),
+            Command::Run { plan } => run::run(common, plan, signals::follow()?).await,
+            Command::Report { run, format } => commands::report(common, run, *format),
+            Command::ExitCodes => Ok(exit::OK),
         }
     })
 }

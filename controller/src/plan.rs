@@ -4,14 +4,14 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use squall_proto::v1;
 
+use crate::report::figure::gate_limit;
 
 pub(crate) mod fault;
 mod read;
 mod tree;
 pub(crate) mod units;
 
-use self::fault::{percent, time};
-pub use self::tree::Invalid;
+pub(crate) use self::tree::Invalid;
 
 /// Parses and checks the text of a plan.
 ///
@@ -19,7 +19,7 @@ pub use self::tree::Invalid;
 ///
 /// Everything that is wrong with it at once, each with line, column, field, and what to write instead. `file` is
 /// only named.
-pub fn parse(file: &Path, text: &str) -> Result<Plan, Invalid> {
+pub(crate) fn parse(file: &Path, text: &str) -> Result<Plan, Invalid> {
     let source = tree::Source::new(file, text);
     let tree = source.parse()?;
     match read::plan(&source.root(&tree)) {
@@ -30,7 +30,7 @@ pub fn parse(file: &Path, text: &str) -> Result<Plan, Invalid> {
 
 /// A plan: what to break, how to watch, what must hold.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// `metadata.name`.
     pub name: String,
     /// `metadata.version`: what is being released.
@@ -51,7 +51,7 @@ pub struct Plan {
 
 /// What a failed gate leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum OnFail {
+pub(crate) enum OnFail {
     /// Verdict `block`.
     #[default]
     Block,
@@ -61,7 +61,7 @@ pub enum OnFail {
 
 /// A name for something that can be hurt, or be the far side of a network fault.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Target {
+pub(crate) enum Target {
     /// Processes.
     Process {
         /// The pid.
@@ -89,7 +89,7 @@ pub enum Target {
 
 /// The far side of a network fault.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Address {
+pub(crate) struct Address {
     /// CIDRs; none means any address.
     pub cidrs: Vec<String>,
     /// Ports of the peer, first to last; none means any.
@@ -102,7 +102,7 @@ pub struct Address {
 
 /// A transport protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Protocol {
+pub(crate) enum Protocol {
     /// Any.
     #[default]
     Any,
@@ -116,7 +116,7 @@ pub enum Protocol {
 
 /// A source of samples.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Probe {
+pub(crate) enum Probe {
     /// Open-loop HTTP load at a constant rate.
     Load(Load),
     /// A Prometheus text endpoint.
@@ -132,7 +132,7 @@ pub enum Probe {
 
 /// Open-loop HTTP load.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Load {
+pub(crate) struct Load {
     /// Where to.
     pub url: String,
     /// `GET` by default.
@@ -151,7 +151,7 @@ pub struct Load {
 
 /// What a good answer is.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Expect {
+pub(crate) struct Expect {
     /// HTTP status.
     pub status: u16,
     /// Assertions on the JSON body: path such as `$.items` and what must hold there.
@@ -162,7 +162,7 @@ pub struct Expect {
 
 /// A path into a JSON body: `$.items[0].id` → keys and indexes.
 #[derive(Debug, Clone, PartialEq)]
-pub struct JsonPath {
+pub(crate) struct JsonPath {
     /// As written.
     pub text: String,
     /// Its steps from the root.
@@ -171,7 +171,7 @@ pub struct JsonPath {
 
 /// A step of a path.
 #[derive(Debug, Clone, PartialEq)]
-pub enum JsonStep {
+pub(crate) enum JsonStep {
     /// A member of an object.
     Key(String),
     /// An element of an array.
@@ -180,7 +180,7 @@ pub enum JsonStep {
 
 /// What must hold for a value of a JSON body.
 #[derive(Debug, Clone, PartialEq)]
-pub enum JsonCheck {
+pub(crate) enum JsonCheck {
     /// It is an array with at least this many items.
     MinItems(usize),
     /// It is this value.
@@ -191,7 +191,7 @@ pub enum JsonCheck {
 
 /// A Prometheus text endpoint.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scrape {
+pub(crate) struct Scrape {
     /// Where it is.
     pub url: String,
     /// Name of the metric family; for a histogram without `_bucket`.
@@ -204,7 +204,7 @@ pub struct Scrape {
 
 /// What an agent measures of a target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Measure {
+pub(crate) enum Measure {
     /// Threads.
     Threads,
     /// Open file descriptors.
@@ -217,7 +217,7 @@ pub enum Measure {
 
 /// baseline → fault → recovery.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Round {
+pub(crate) struct Round {
     /// Its name.
     pub name: String,
     /// Before the fault.
@@ -234,7 +234,7 @@ pub struct Round {
 
 /// A fault on a target.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// Name of the target.
     pub on: String,
     /// For the agent.
@@ -245,7 +245,7 @@ pub struct Fault {
 
 /// A gate.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Gate {
+pub(crate) enum Gate {
     /// A percentile of a load probe, or of a scraped histogram, is at most this during the fault.
     Latency {
         /// Probe.
@@ -288,7 +288,7 @@ pub enum Gate {
 impl Target {
     /// The selector for an agent; none for what no agent can get hold of.
     #[must_use]
-    pub fn proto(&self) -> Option<v1::Target> {
+    pub(crate) fn proto(&self) -> Option<v1::Target> {
         let kind = match self {
             Self::Process { pid, exe, cmdline } => v1::target::Kind::Process(v1::ProcessSelector {
                 pid: pid.unwrap_or(0),
@@ -306,66 +306,20 @@ impl Target {
     }
 }
 
-impl Measure {
-    /// As in a plan.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Threads => "threads",
-            Self::Fds => "fds",
-            Self::Rss => "rss",
-            Self::Cpu => "cpu",
-        }
-    }
-}
-
 impl Round {
     /// The longest it can take.
     #[must_use]
-    pub fn longest(&self) -> Duration {
+    pub(crate) fn longest(&self) -> Duration {
         self.baseline + self.hold + self.recovery
     }
 }
 
 impl Gate {
-    /// Its kind, as in a plan: `latency`.
-    #[must_use]
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Latency { .. } => "latency",
-            Self::Errors { .. } => "errors",
-            Self::Leak { .. } => "leak",
-            Self::Oom { .. } => "oom",
-            Self::Recovery { .. } => "recovery",
-        }
-    }
-
-    /// What it judges: `shoppers p95`, `recommender`.
-    #[must_use]
-    pub fn subject(&self) -> String {
-        match self {
-            Self::Latency { probe, percentile, .. } => {
-                format!("{probe} p{}", units::plain(percentile * 100.0))
-            }
-            Self::Errors { probe, .. } | Self::Leak { probe, .. } | Self::Recovery { probe, .. } => {
-                probe.clone()
-            }
-            Self::Oom { target, .. } => target.clone(),
-        }
-    }
-
     /// One line: `latency: shoppers p95 ≤ 800ms`.
     #[must_use]
-    pub fn outline(&self) -> String {
-        let seconds = |s: &f64| time(Duration::from_secs_f64(*s));
-        let limit = match self {
-            Self::Latency { limit, .. } => seconds(limit),
-            Self::Errors { limit, .. } => percent(*limit),
-            Self::Leak { limit, .. } => format!("{}/min", units::plain(*limit)),
-            Self::Oom { limit, .. } => format!("{limit} kills"),
-            Self::Recovery { within, .. } => seconds(within),
-        };
-        format!("{}: {} ≤ {limit}", self.kind(), self.subject())
+    pub(crate) fn line(&self) -> String {
+        let outline = crate::outline::gate(self);
+        format!("{}: {} {}", outline.gate, outline.subject, gate_limit(&outline))
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::{
 
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Asked {
+pub(crate) enum Asked {
     /// Nothing.
     GoOn,
     /// Stop, and revert everything.
@@ -17,7 +17,7 @@ pub enum Asked {
 }
 
 /// Follows SIGINT, SIGTERM and SIGHUP. From here on they do not end the process by themselves.
-pub fn follow() -> std::io::Result<watch::Receiver<Asked>> {
+pub(crate) fn follow() -> std::io::Result<watch::Receiver<Asked>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
@@ -38,7 +38,7 @@ pub fn follow() -> std::io::Result<watch::Receiver<Asked>> {
 }
 
 /// Waits until at least this much was asked for. Without anybody to ask it waits for ever.
-pub async fn asked(signals: &mut watch::Receiver<Asked>, least: Asked) {
+pub(crate) async fn asked(signals: &mut watch::Receiver<Asked>, least: Asked) {
     if signals.wait_for(|asked| *asked >= least).await.is_err() {
         std::future::pending().await
     }

@@ -12,10 +12,10 @@ use crate::{
 /// The command or the plan is wrong. Nothing was injected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{0}")]
-pub struct Wrong(pub String);
+pub(crate) struct Wrong(pub String);
 
 /// The exit code of an error that ends a command.
-pub fn exit_code(error: &anyhow::Error) -> u8 {
+pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     let call = error.downcast_ref::<CallError>().or(match error.downcast_ref::<NotArmed>() {
         Some(NotArmed::Call(call)) => Some(call),
         _ => None,

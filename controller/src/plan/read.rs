@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use crate::outline;
+
 use super::{
     Address, Expect, Fault, Gate, JsonCheck, JsonPath, JsonStep, Load, Measure, OnFail, Plan, Probe,
     Protocol, Round, Scrape, Target,
@@ -611,8 +613,13 @@ fn gates(at: &At<'_>, names: &Names) -> Vec<Gate> {
     }
     for at in items.unwrap_or_default() {
         for gate in gate(&at, names).unwrap_or_default() {
-            if gates.iter().any(|g| g.kind() == gate.kind() && g.subject() == gate.subject()) {
-                let message = format!("there are two gates {} of {}", gate.kind(), gate.subject());
+            let this = outline::gate(&gate);
+            let same = |g: &Gate| {
+                let other = outline::gate(g);
+                (&other.gate, &other.subject) == (&this.gate, &this.subject)
+            };
+            if gates.iter().any(same) {
+                let message = format!("there are two gates {} of {}", this.gate, this.subject);
                 at.problem(message, "remove one of them");
             }
             gates.push(gate);

@@ -63,7 +63,7 @@ fn reads_the_plan_of_the_design() {
     assert_eq!(network.peers[0].ports, [v1::PortRange { first: 6379, last: 6379 }]);
     assert_eq!(round.gates[0], Gate::Latency { probe: "shoppers".into(), percentile: 0.95, limit: 0.8 });
     assert_eq!(round.gates[2], Gate::Leak { probe: "goroutines".into(), limit: 5.0 });
-    let outlines: Vec<String> = round.gates.iter().map(Gate::outline).collect();
+    let outlines: Vec<String> = round.gates.iter().map(Gate::line).collect();
     assert_eq!(
         outlines,
         [
