@@ -82,11 +82,16 @@ pub fn limit(limit: f64, unit: &str) -> String {
     if unit == "per_minute" { format!("{}/min", significant(limit)) } else { value(limit, unit) }
 }
 
-/// An interval: `[1.88, 1.97]` where the unit is that of the value beside it, each end with its own otherwise.
+/// An interval: `[1.88, 1.97]` where the unit is that of the value beside it, each end with its own otherwise; `≤ 2s`
+/// where one end is open.
 #[must_use]
-pub fn interval((low, high): (Option<f64>, Option<f64>), beside: Option<f64>, unit: &str) -> String {
-    let end = |end: Option<f64>, open: &str| end.map_or_else(|| open.to_string(), |v| value(v, unit));
-    let (low, high) = (end(low, "-∞"), end(high, "∞"));
+pub fn interval(ends: (Option<f64>, Option<f64>), beside: Option<f64>, unit: &str) -> String {
+    let (low, high) = match ends {
+        (Some(low), Some(high)) => (value(low, unit), value(high, unit)),
+        (Some(low), None) => return format!("≥ {}", value(low, unit)),
+        (None, Some(high)) => return format!("≤ {}", value(high, unit)),
+        (None, None) => return "unknown".into(),
+    };
     let shared = beside.map(|v| suffix(&value(v, unit)).to_owned()).unwrap_or_default();
     let bare = |text: &str| text == "∞" || text == "-∞" || (!shared.is_empty() && suffix(text) == shared);
     if bare(&low) && bare(&high) {
@@ -226,8 +231,9 @@ mod tests {
         assert_eq!(interval((Some(1.88), Some(1.97)), Some(1.93), "seconds"), "[1.88, 1.97]");
         assert_eq!(interval((Some(0.59), Some(1.2)), Some(0.612), "seconds"), "[590ms, 1.2s]");
         assert_eq!(interval((Some(-1.4), Some(5.6)), Some(2.1), "per_minute"), "[-1.4, +5.6]");
-        assert_eq!(interval((None, Some(0.0012)), Some(0.0004), "ratio"), "[-∞, 0.12]");
-        assert_eq!(interval((Some(3.0), None), Some(3.0), "seconds"), "[3, ∞]");
+        assert_eq!(interval((None, Some(0.0012)), Some(0.0004), "ratio"), "≤ 0.12%");
+        assert_eq!(interval((Some(3.0), None), Some(3.0), "seconds"), "≥ 3s");
+        assert_eq!(interval((Some(3.0), Some(f64::INFINITY)), Some(3.0), "seconds"), "[3, ∞]");
         assert_eq!(interval((Some(0.8), Some(0.9)), None, "seconds"), "[800ms, 900ms]");
     }
 

@@ -135,6 +135,14 @@ pub(crate) enum Rule {
     },
 }
 
+impl Rule {
+    /// What to write beside it.
+    pub(crate) fn label(&self) -> &str {
+        let (Self::Level { label, .. } | Self::Slope { label, .. } | Self::By { label, .. }) = self;
+        label
+    }
+}
+
 impl Track {
     fn new(name: String, about: &str, unit: &str, points: Vec<(f64, f64)>) -> Self {
         let from_zero = matches!(unit, "seconds" | "ratio" | "bytes" | "cpus");
@@ -162,7 +170,10 @@ impl Track {
 /// Every probe as a curve, load probes as several, with the limits of all rounds.
 pub(crate) fn tracks(run: &Run) -> Vec<Track> {
     let mut tracks = Vec::new();
-    for (name, probe) in &run.probes {
+    // What users see comes first.
+    let (load, others): (Vec<_>, Vec<_>) =
+        run.probes.iter().partition(|(_, probe)| probe.outline.kind == "load");
+    for (name, probe) in load.into_iter().chain(others) {
         let gates = || run.rounds.iter().flat_map(|r| &r.outline.gates).filter(|g| g.source == *name);
         let asked: BTreeSet<u64> = gates().filter_map(|g| g.percentile).map(f64::to_bits).collect();
         let asked = if asked.is_empty() { BTreeSet::from([0.95f64.to_bits()]) } else { asked };
@@ -303,7 +314,7 @@ fn rule(run: &Run, round: &Round, gate: &GateOutline, track: &Track) -> Option<R
             let start = round.phases.get(&Phase::Recovery)?;
             Some(Rule::By {
                 at: start + gate.limit,
-                label: format!("recovered by {}", figure::span(gate.limit)),
+                label: format!("recover by {}", figure::span(gate.limit)),
             })
         }
         _ => None,
