@@ -3,7 +3,7 @@
 //! The colours are apart for colour-blind eyes and have at least 3:1 against white and against black; no meaning rests
 //! on colour alone. Classes let the page's stylesheet tune them for dark and print.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{
     figure,
@@ -274,7 +274,7 @@ impl Axis {
         for rule in &track.rules {
             match rule {
                 Rule::Level { span: at, value, .. } if at.1 >= span.0 && at.0 <= span.1 => {
-                    values.push(value * 1.1)
+                    values.push(value * 1.1);
                 }
                 Rule::Slope { span: at, start, per_second, .. } if at.1 >= span.0 && at.0 <= span.1 => {
                     values.push(start + per_second * (at.1 - at.0));
@@ -356,7 +356,7 @@ const GUTTER: f64 = 92.0;
 pub(crate) fn timeline(run: &Run, marks: &[Mark]) -> String {
     let mut canvas = Canvas::new(WIDE, GUTTER, 12.0, (0.0, run.now));
     let lanes = lanes(run);
-    let rows: usize = lanes.iter().map(|(_, rows)| rows.len()).sum();
+    let rows: usize = lanes.values().map(Vec::len).sum();
     let bottom = 40.0 + rows as f64 * 20.0 + if marks.is_empty() { 4.0 } else { 24.0 };
     canvas.phases(&run.rounds, run.now, (20.0, bottom));
     for round in &run.rounds {
@@ -364,7 +364,7 @@ pub(crate) fn timeline(run: &Run, marks: &[Mark]) -> String {
         let to = round.finished.unwrap_or(run.now);
         let (x1, x2) = (canvas.x(from), canvas.x(to));
         canvas.line((x1, 2.0), (x1, bottom), 0.3);
-        let sign = round.verdict.map_or(super::RUNNING, super::verdict_sign).sign;
+        let sign = round.verdict.map_or(super::RUNNING, super::verdict_sign).glyph;
         let name = fit(&format!("{sign} {}", round.outline.name), x2 - x1 - 6.0, 6.6);
         canvas.text((x1 + 4.0, 13.0), 12.0, "start", "b", &name);
         for (phase, label) in
@@ -488,26 +488,17 @@ pub(crate) fn interval(finding: &Finding) -> Option<String> {
 }
 
 /// Injections by node, in rows so that none covers another.
-fn lanes(run: &Run) -> Vec<(String, Vec<Vec<&Injected>>)> {
-    let mut lanes: Vec<(String, Vec<Vec<&Injected>>)> = Vec::new();
+fn lanes(run: &Run) -> BTreeMap<&str, Vec<Vec<&Injected>>> {
+    let mut lanes: BTreeMap<&str, Vec<Vec<&Injected>>> = BTreeMap::new();
     for injected in &run.injections {
-        let node = &injected.injection.node;
-        let rows = match lanes.iter().position(|(name, _)| name == node) {
-            Some(i) => &mut lanes[i].1,
-            None => {
-                lanes.push((node.clone(), Vec::new()));
-                let last = lanes.len() - 1;
-                &mut lanes[last].1
-            }
-        };
-        let free =
-            |row: &&mut Vec<&Injected>| row.last().is_none_or(|last| end(last, run.now) <= injected.at);
-        match rows.iter_mut().find(free) {
-            Some(row) => row.push(injected),
-            None => rows.push(vec![injected]),
+        let rows = lanes.entry(&injected.injection.node).or_default();
+        let free = |row: &Vec<&Injected>| row.last().is_none_or(|last| end(last, run.now) <= injected.at);
+        if let Some(row) = rows.iter().position(free) {
+            rows[row].push(injected);
+        } else {
+            rows.push(vec![injected]);
         }
     }
-    lanes.sort_by(|a, b| a.0.cmp(&b.0));
     lanes
 }
 
@@ -528,7 +519,7 @@ fn bar(canvas: &mut Canvas, injected: &Injected, now: f64, y: f64) {
     let (text, class, paint) = if injected.bit && injected.stuck.is_none() {
         (injection.kind.clone(), "w", format!("class=\"bar\" fill=\"{ALARM}\""))
     } else {
-        let text = format!("{} {} {}", state.sign, injection.kind, state.word);
+        let text = format!("{} {} {}", state.glyph, injection.kind, state.word);
         (text, "b", format!("fill=\"none\" stroke=\"{DOUBT}\" stroke-width=\"1.4\" stroke-dasharray=\"4 2\""))
     };
     let text = fit(&text, width - 6.0, 5.8);

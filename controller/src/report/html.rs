@@ -17,7 +17,7 @@ const PHASES: [(Phase, &str); 3] =
     [(Phase::Baseline, "baseline"), (Phase::Fault, "fault"), (Phase::Recovery, "recovery")];
 
 /// The report of a run as one HTML file. The same events give the same bytes.
-pub fn html(run: &Run) -> anyhow::Result<String> {
+pub(crate) fn html(run: &Run) -> anyhow::Result<String> {
     let marks = series::marks(run);
     let tracks = series::tracks(run);
     let page = Page {
@@ -218,7 +218,7 @@ impl RoundView {
         Self {
             number: index + 1,
             name: outline.name.clone(),
-            sign: round.verdict.map_or(Sign { sign: "–", word: none, tone: "plain" }, verdict_sign),
+            sign: round.verdict.map_or(Sign { glyph: "–", word: none, tone: "plain" }, verdict_sign),
             tally: format!("{}/{} gates passed", tally.passed, tally.gates),
             lengths: format!(
                 "baseline {}, fault {}, recovery up to {}",
@@ -424,7 +424,7 @@ mod tests {
             }
             let tag = &body[start + 1..end];
             if let Some(name) = tag.strip_prefix('/') {
-                assert_eq!(open.pop(), Some(name), "at {}", &body[start.saturating_sub(80)..end + 1]);
+                assert_eq!(open.pop(), Some(name), "at {}", &body[start.saturating_sub(80)..=end]);
             } else if !tag.ends_with('/') {
                 open.push(tag.split_whitespace().next().expect("a name"));
             }
@@ -517,7 +517,7 @@ mod tests {
                     injection.changes.push(hostile.into());
                 }
                 What::Judged { finding, .. } => {
-                    (finding.reason, finding.subject) = (hostile.into(), hostile.into())
+                    (finding.reason, finding.subject) = (hostile.into(), hostile.into());
                 }
                 What::Node(node) => node.kernel = hostile.into(),
                 What::RunStarted { rounds, .. } => rounds[0].name = hostile.into(),

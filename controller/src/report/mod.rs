@@ -1,7 +1,7 @@
 //! Reports: folds over a run, and everything a person sees of it once it is over.
 
 mod chart;
-pub mod figure;
+pub(crate) mod figure;
 mod html;
 mod json;
 mod series;
@@ -10,9 +10,9 @@ mod text;
 #[cfg(test)]
 pub(crate) mod sample;
 
-pub use html::html;
-pub use json::json;
-pub use text::verdict_text;
+pub(crate) use html::html;
+pub(crate) use json::json;
+pub(crate) use text::verdict_text;
 
 use crate::{
     event::{Finding, GateOutline, Outcome, Verdict},
@@ -23,7 +23,7 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sign {
     /// One character.
-    pub(crate) sign: &'static str,
+    pub(crate) glyph: &'static str,
     /// The word.
     pub(crate) word: &'static str,
     /// `good`, `bad`, `doubt` or `plain`: for colours.
@@ -31,39 +31,39 @@ pub(crate) struct Sign {
 }
 
 /// A run or a round without a verdict.
-pub(crate) const RUNNING: Sign = Sign { sign: "◷", word: "NO VERDICT", tone: "doubt" };
+pub(crate) const RUNNING: Sign = Sign { glyph: "◷", word: "NO VERDICT", tone: "doubt" };
 
 /// A verdict.
 pub(crate) fn verdict_sign(verdict: Verdict) -> Sign {
-    let (sign, word, tone) = match verdict {
+    let (glyph, word, tone) = match verdict {
         Verdict::Promote => ("✔", "PROMOTE", "good"),
         Verdict::Block => ("✖", "BLOCK", "bad"),
         Verdict::Rollback => ("✖", "ROLLBACK", "bad"),
         Verdict::Inconclusive => ("?", "INCONCLUSIVE", "doubt"),
         Verdict::Aborted => ("■", "ABORTED", "doubt"),
     };
-    Sign { sign, word, tone }
+    Sign { glyph, word, tone }
 }
 
 /// An outcome of a gate.
 pub(crate) fn outcome_sign(outcome: Outcome) -> Sign {
-    let (sign, word, tone) = match outcome {
+    let (glyph, word, tone) = match outcome {
         Outcome::Pass => ("✔", "ok", "good"),
         Outcome::Fail => ("✖", "FAIL", "bad"),
         Outcome::Inconclusive => ("?", "INCONCLUSIVE", "doubt"),
     };
-    Sign { sign, word, tone }
+    Sign { glyph, word, tone }
 }
 
 /// What became of an injection.
 pub(crate) fn state(injected: &Injected) -> Sign {
-    let (sign, word, tone) = match (injected.stuck.is_some(), injected.bit, injected.reverted.is_some()) {
+    let (glyph, word, tone) = match (injected.stuck.is_some(), injected.bit, injected.reverted.is_some()) {
         (true, _, _) => ("✖", "STUCK", "bad"),
         (_, false, _) => ("?", "IDLE", "doubt"),
         (_, true, true) => ("✔", "bit, reverted", "good"),
         (_, true, false) => ("●", "biting", "plain"),
     };
-    Sign { sign, word, tone }
+    Sign { glyph, word, tone }
 }
 
 /// All findings with their rounds, in order; those over the whole run last.

@@ -11,7 +11,7 @@ use crate::{
 /// The verdict of a run, as printed at its end: the first and the last line are the verdict, and every gate that did
 /// not pass shows its evidence. Ends in a newline.
 #[must_use]
-pub fn verdict_text(run: &Run, colour: bool) -> String {
+pub(crate) fn verdict_text(run: &Run, colour: bool) -> String {
     let paint = Paint { colour };
     let sign = run.verdict.as_ref().map_or(RUNNING, |(v, _)| verdict_sign(*v));
     let title: Vec<&str> = [Some(run.plan.as_str()), run.version.as_deref()].into_iter().flatten().collect();
@@ -35,7 +35,7 @@ pub fn verdict_text(run: &Run, colour: bool) -> String {
         for idle in run.injections.iter().filter(|x| x.round == Some(i) && !x.bit) {
             let injection = &idle.injection;
             let sign = state(idle);
-            let text = format!("{} {} {} on {}", sign.sign, sign.word, injection.summary, injection.node);
+            let text = format!("{} {} {} on {}", sign.glyph, sign.word, injection.summary, injection.node);
             line(format!("      {}", paint.tone(sign.tone, &text)));
         }
     }
@@ -58,7 +58,7 @@ pub fn verdict_text(run: &Run, colour: bool) -> String {
     line(format!("Report   {}/report.html", directory(run)));
     match &run.verdict {
         Some((verdict, _)) => {
-            line(paint.strong(sign, &format!("{}  exit {}", sign.word, verdict.exit_code())))
+            line(paint.strong(sign, &format!("{}  exit {}", sign.word, verdict.exit_code())));
         }
         None => line(paint.strong(sign, &format!("{}  the run did not end", sign.word))),
     }
@@ -79,13 +79,13 @@ fn round_line(run: &Run, round: &Round, paint: Paint) -> String {
     let sign = verdict_sign(verdict);
     let tally = Tally::of_round(round);
     let gates = format!("{}/{} gates", tally.passed, tally.gates);
-    format!("  {} {name:width$}  {gates}", paint.tone(sign.tone, sign.sign))
+    format!("  {} {name:width$}  {gates}", paint.tone(sign.tone, sign.glyph))
 }
 
 /// The lines of a finding. Of those that passed only a round with something to look at shows any.
 fn lines(finding: &Finding, show: bool, paint: Paint, line: &mut impl FnMut(String)) {
     let sign = outcome_sign(finding.outcome);
-    let label = paint.tone(sign.tone, &format!("{} {}", sign.sign, sign.word));
+    let label = paint.tone(sign.tone, &format!("{} {}", sign.glyph, sign.word));
     if finding.outcome == Outcome::Pass {
         if show {
             let value = finding.value.map(|_| format!("  {}", figure::found(finding))).unwrap_or_default();
