@@ -12,6 +12,7 @@ mod inject;
 mod outline;
 mod plan;
 mod probe;
+mod progress;
 mod report;
 mod signals;
 mod wrong;

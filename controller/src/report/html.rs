@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use askama::Template;
 
 use super::{
-    RUNNING, Sign, Tally, announced, bites, chart, directory, figure, findings, host_state, outcome_sign,
+    RUNNING, Sign, Tally, announced, bites, chart, figure, findings, host_state, outcome_sign,
     series::{self, LoadSummary, Span, Track},
     state, verdict_sign,
 };
@@ -40,7 +40,6 @@ pub(crate) fn html(run: &Run) -> anyhow::Result<String> {
         injections: run.injections.iter().map(|injected| InjectionRow::of(run, injected)).collect(),
         bites: bites(run),
         host_state: host_state(run),
-        directory: directory(run),
         methods: methods(run),
         notes: run.notes.iter().map(|(at, text)| (figure::clock(*at), text.as_str())).collect(),
         probes: run
@@ -71,7 +70,6 @@ struct Page<'a> {
     injections: Vec<InjectionRow>,
     bites: Vec<String>,
     host_state: String,
-    directory: String,
     methods: Vec<[String; 5]>,
     notes: Vec<(String, &'a str)>,
     probes: Vec<[String; 3]>,

@@ -4,7 +4,7 @@ mod chart;
 pub(crate) mod figure;
 mod html;
 mod json;
-mod series;
+pub(crate) mod series;
 mod text;
 
 #[cfg(test)]
@@ -12,7 +12,7 @@ pub(crate) mod sample;
 
 pub(crate) use html::html;
 pub(crate) use json::json;
-pub(crate) use text::verdict_text;
+pub(crate) use text::{evidence, verdict_text};
 
 use crate::{
     event::{Finding, GateOutline, Outcome, Verdict},
@@ -185,7 +185,42 @@ pub(crate) fn host_state(run: &Run) -> String {
     }
 }
 
-/// Where the files of a run are, seen from where it was started.
-pub(crate) fn directory(run: &Run) -> String {
-    format!("runs/{}", run.id)
+/// Colours on a terminal, where they are wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Paint {
+    /// Whether they are.
+    pub(crate) colour: bool,
+}
+
+impl Paint {
+    /// In faint letters.
+    pub(crate) fn dim(self, text: &str) -> String {
+        self.with("2", text)
+    }
+
+    /// In the colour of a tone; one that is plain has none.
+    pub(crate) fn tone(self, tone: &str, text: &str) -> String {
+        match code(tone) {
+            Some(code) => self.with(code, text),
+            None => text.into(),
+        }
+    }
+
+    /// Bold, in the colour of a tone.
+    pub(crate) fn strong(self, tone: &str, text: &str) -> String {
+        self.with(&code(tone).map_or("1".into(), |code| format!("1;{code}")), text)
+    }
+
+    fn with(self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
+    }
+}
+
+fn code(tone: &str) -> Option<&'static str> {
+    match tone {
+        "good" => Some("32"),
+        "bad" => Some("31"),
+        "doubt" => Some("35"),
+        _ => None,
+    }
 }
