@@ -10,7 +10,7 @@ use crate::{
 
 /// The first event of a run.
 #[must_use]
-pub fn run_started(plan: &Plan, run: &str, started: Timestamp, seed: u64) -> What {
+pub(crate) fn run_started(plan: &Plan, run: &str, started: Timestamp, seed: u64) -> What {
     What::RunStarted {
         run: run.into(),
         plan: plan.name.clone(),
@@ -25,7 +25,7 @@ pub fn run_started(plan: &Plan, run: &str, started: Timestamp, seed: u64) -> Wha
 
 /// A gate as announced. The subject is also that of its finding.
 #[must_use]
-pub fn gate(gate: &Gate) -> GateOutline {
+pub(crate) fn gate(gate: &Gate) -> GateOutline {
     let of = |gate: &str, source: &str, limit: f64, unit: &str| GateOutline {
         gate: gate.into(),
         subject: source.into(),
@@ -82,8 +82,9 @@ fn probe(probe: &Probe) -> ProbeOutline {
 fn load_summary(load: &Load) -> String {
     let rate = if load.rate.fract() == 0.0 { count(load.rate) } else { load.rate.to_string() };
     let within = span(load.expect.within.as_secs_f64());
-    let json: String = load.expect.json.iter().map(|(path, _)| format!(", {}", path.text)).collect();
-    format!("{} {} at {rate}/s; expects {}{json} within {within}", load.method, load.url, load.expect.status)
+    let mut answer = vec![load.expect.status.to_string()];
+    answer.extend(load.expect.json.iter().map(|(path, _)| path.text.clone()));
+    format!("{} {} at {rate}/s; expects {} within {within}", load.method, load.url, answer.join(", "))
 }
 
 fn scrape_summary(scrape: &Scrape) -> String {

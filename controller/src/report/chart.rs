@@ -3,7 +3,7 @@
 //! The colours are apart for colour-blind eyes and have at least 3:1 against white and against black; no meaning rests
 //! on colour alone. Classes let the page's stylesheet tune them for dark and print.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{
     figure,
@@ -20,6 +20,8 @@ const GOOD: &str = "#14866d";
 const DOUBT: &str = "#8b62d0";
 /// More points than this are thinned to the extremes of each step.
 const MOST_POINTS: usize = 900;
+/// Latencies further apart than this get a logarithmic axis, so that the small ones can be seen too.
+const LOG_FROM: f64 = 12.0;
 
 /// Escapes text for HTML and XML, in elements and in double-quoted attributes.
 pub(crate) fn escape(text: &str) -> String {
@@ -147,20 +149,39 @@ impl Canvas {
         self.text((self.left - 5.0, top + 4.0), 10.0, "end", "m", &figure::limit(axis.high, &track.unit));
         self.text((self.left - 5.0, bottom + 3.0), 10.0, "end", "m", &figure::limit(axis.low, &track.unit));
 
+        for decade in axis.decades() {
+            let height = y(decade);
+            self.line((self.left, height), (edge, height), 0.12);
+            if height - top > 12.0 {
+                self.text(
+                    (self.left - 5.0, height + 3.5),
+                    10.0,
+                    "end",
+                    "m",
+                    &figure::limit(decade, &track.unit),
+                );
+            }
+        }
         let dots: Vec<(f64, f64, f64)> = points.iter().map(|(at, v)| (*at, self.x(*at), y(*v))).collect();
-        self.curve(&dots, bottom);
+        self.curve(&dots, (!axis.log).then_some(bottom));
         for at in &track.misses {
             if *at >= self.span.0 && *at <= self.span.1 {
                 let x = self.x(*at);
                 self.text((x, bottom - 1.0), 9.0, "middle", "l", "×");
             }
         }
+        let mut told: Vec<&str> = Vec::new();
         for rule in &track.rules {
-            self.rule(rule, &y, (top, bottom));
+            let label = rule.label();
+            let new = !told.contains(&label);
+            if self.rule(rule, new, &y, (top, bottom)) {
+                told.push(label);
+            }
         }
     }
 
-    fn curve(&mut self, dots: &[(f64, f64, f64)], bottom: f64) {
+    /// Draws time, x and y as lines broken at gaps, with the area down to `floor` where there is one.
+    fn curve(&mut self, dots: &[(f64, f64, f64)], floor: Option<f64>) {
         let gap = dots.windows(2).map(|w| w[1].0 - w[0].0).fold(f64::INFINITY, f64::min).max(0.5) * 3.5;
         for run in dots.chunk_by(|a, b| b.0 - a.0 <= gap) {
             let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
@@ -175,11 +196,13 @@ impl Canvas {
             for (i, (_, x, y)) in run.iter().enumerate() {
                 let _ = write!(path, "{}{x:.1} {y:.1}", if i == 0 { "M" } else { "L" });
             }
-            self.add(format_args!(
-                "<path class=\"a\" d=\"{path}L{:.1} {bottom:.1}L{:.1} {bottom:.1}Z\" fill=\"{INK}\" \
-                 fill-opacity=\"0.12\"/>",
-                last.1, first.1
-            ));
+            if let Some(floor) = floor {
+                self.add(format_args!(
+                    "<path class=\"a\" d=\"{path}L{:.1} {floor:.1}L{:.1} {floor:.1}Z\" fill=\"{INK}\" \
+                     fill-opacity=\"0.12\"/>",
+                    last.1, first.1
+                ));
+            }
             self.add(format_args!(
                 "<path class=\"s\" d=\"{path}\" fill=\"none\" stroke=\"{INK}\" stroke-width=\"1.6\" \
                  stroke-linejoin=\"round\"/>"
@@ -187,16 +210,23 @@ impl Canvas {
         }
     }
 
-    fn rule(&mut self, rule: &Rule, y: &dyn Fn(f64) -> f64, (top, bottom): (f64, f64)) {
-        let (from, to, label) = match rule {
-            Rule::Level { span, value, label } => ((span.0, y(*value)), (span.1, y(*value)), label),
-            Rule::Slope { span, start, per_second, label } => {
-                ((span.0, y(*start)), (span.1, y(start + per_second * (span.1 - span.0))), label)
+    /// Draws a limit, and its label where asked. Says whether it lies inside the plot.
+    fn rule(
+        &mut self,
+        rule: &Rule,
+        labelled: bool,
+        y: &dyn Fn(f64) -> f64,
+        (top, bottom): (f64, f64),
+    ) -> bool {
+        let (from, to) = match rule {
+            Rule::Level { span, value, .. } => ((span.0, y(*value)), (span.1, y(*value))),
+            Rule::Slope { span, start, per_second, .. } => {
+                ((span.0, y(*start)), (span.1, y(start + per_second * (span.1 - span.0))))
             }
-            Rule::By { at, label } => ((*at, top), (*at, bottom), label),
+            Rule::By { at, .. } => ((*at, top), (*at, bottom)),
         };
         if to.0 < self.span.0 || from.0 > self.span.1 {
-            return;
+            return false;
         }
         let (x1, x2) = (self.x(from.0), self.x(to.0));
         self.add(format_args!(
@@ -204,11 +234,16 @@ impl Canvas {
              stroke-width=\"1.4\" stroke-dasharray=\"5 3\"/>",
             from.1, to.1
         ));
+        if !labelled {
+            return true;
+        }
+        let label = rule.label();
         // Beside the line's end where there is room, before it otherwise.
         let after = x2 + 6.0 * label.chars().count() as f64 + 6.0 < self.width;
         let (x, anchor) = if after { (x2 + 3.0, "start") } else { (x2 - 3.0, "end") };
-        let height = if matches!(rule, Rule::By { .. }) { top + 9.0 } else { to.1.max(top + 4.0) - 3.0 };
+        let height = if matches!(rule, Rule::By { .. }) { bottom } else { to.1.max(top + 4.0) - 3.0 };
         self.text((x, height.min(bottom - 3.0)), 9.5, anchor, "l", label);
+        true
     }
 
     fn finish(self, height: f64, label: &str) -> String {
@@ -226,6 +261,8 @@ impl Canvas {
 struct Axis {
     low: f64,
     high: f64,
+    /// Whether equal ratios are equally far apart.
+    log: bool,
 }
 
 impl Axis {
@@ -237,7 +274,7 @@ impl Axis {
         for rule in &track.rules {
             match rule {
                 Rule::Level { span: at, value, .. } if at.1 >= span.0 && at.0 <= span.1 => {
-                    values.push(value * 1.1)
+                    values.push(value * 1.1);
                 }
                 Rule::Slope { span: at, start, per_second, .. } if at.1 >= span.0 && at.0 <= span.1 => {
                     values.push(start + per_second * (at.1 - at.0));
@@ -247,6 +284,9 @@ impl Axis {
         }
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
         let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        if track.unit == "seconds" && low > 0.0 && high > LOG_FROM * low {
+            return Some(Self { low: 10f64.powf(low.log10().floor()), high: nice(high), log: true });
+        }
         let from_zero = track.from_zero || low < 0.5 * high || values.is_empty();
         let low = if from_zero { low.min(0.0) } else { low - 0.1 * (high - low).max(1.0) };
         let high = if high > low { high } else { low + 1.0 };
@@ -256,11 +296,24 @@ impl Axis {
             1.0
         };
         let high = if from_zero { nice(high / scale) * scale } else { high };
-        Some(Self { low, high })
+        Some(Self { low, high, log: false })
     }
 
+    /// Height of a value as a share of the plot.
     fn share(&self, value: f64) -> f64 {
-        ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.02)
+        let share = if self.log {
+            (value / self.low).ln() / (self.high / self.low).ln()
+        } else {
+            (value - self.low) / (self.high - self.low)
+        };
+        share.clamp(0.0, 1.02)
+    }
+
+    /// Powers of ten between the ends, where the axis is logarithmic.
+    fn decades(&self) -> impl Iterator<Item = f64> {
+        let first = self.low.max(f64::MIN_POSITIVE).log10().round() as i32 + 1;
+        let (high, log) = (self.high, self.log);
+        (first..first + 12).map(|power| 10f64.powi(power)).take_while(move |v| log && *v < high * 0.999)
     }
 }
 
@@ -297,22 +350,21 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 const WIDE: f64 = 1080.0;
-const GUTTER: f64 = 64.0;
+const GUTTER: f64 = 92.0;
 
 /// Rounds, injections by node, and marks over the whole run.
 pub(crate) fn timeline(run: &Run, marks: &[Mark]) -> String {
     let mut canvas = Canvas::new(WIDE, GUTTER, 12.0, (0.0, run.now));
     let lanes = lanes(run);
-    let rows: usize = lanes.iter().map(|(_, rows)| rows.len()).sum();
-    let bottom =
-        40.0 + lanes.len() as f64 * 15.0 + rows as f64 * 20.0 + if marks.is_empty() { 4.0 } else { 24.0 };
+    let rows: usize = lanes.values().map(Vec::len).sum();
+    let bottom = 40.0 + rows as f64 * 20.0 + if marks.is_empty() { 4.0 } else { 24.0 };
     canvas.phases(&run.rounds, run.now, (20.0, bottom));
     for round in &run.rounds {
         let Some((from, _)) = round.span(Phase::Baseline, run.now) else { continue };
         let to = round.finished.unwrap_or(run.now);
         let (x1, x2) = (canvas.x(from), canvas.x(to));
         canvas.line((x1, 2.0), (x1, bottom), 0.3);
-        let sign = round.verdict.map_or(super::RUNNING, super::verdict_sign).sign;
+        let sign = round.verdict.map_or(super::RUNNING, super::verdict_sign).glyph;
         let name = fit(&format!("{sign} {}", round.outline.name), x2 - x1 - 6.0, 6.6);
         canvas.text((x1 + 4.0, 13.0), 12.0, "start", "b", &name);
         for (phase, label) in
@@ -320,14 +372,17 @@ pub(crate) fn timeline(run: &Run, marks: &[Mark]) -> String {
         {
             let Some((from, to)) = round.span(phase, run.now) else { continue };
             let (x1, x2) = (canvas.x(from), canvas.x(to));
-            let label = fit(label, x2 - x1 - 4.0, 5.4);
-            canvas.text((x1 + 4.0, 31.0), 10.0, "start", "m", &label);
+            if fit(label, x2 - x1 - 4.0, 5.4) == label {
+                canvas.text((x1 + 4.0, 31.0), 10.0, "start", "m", label);
+            }
         }
     }
     let mut y = 40.0;
     for (node, rows) in &lanes {
-        canvas.text((4.0, y + 10.0), 10.5, "start", "b", node);
-        y += 15.0;
+        let label = fit(node, GUTTER - 8.0, 6.2);
+        canvas.add(format_args!("<g><title>{}</title>", escape(node)));
+        canvas.text((GUTTER - 5.0, y + 11.0), 10.5, "end", "b", &label);
+        canvas.add(format_args!("</g>"));
         for row in rows {
             for injected in row {
                 bar(&mut canvas, injected, run.now, y);
@@ -336,7 +391,7 @@ pub(crate) fn timeline(run: &Run, marks: &[Mark]) -> String {
         }
     }
     if !marks.is_empty() {
-        canvas.text((4.0, y + 15.0), 10.5, "start", "b", "events");
+        canvas.text((GUTTER - 5.0, y + 15.0), 10.5, "end", "b", "events");
         for mark in marks {
             let x = canvas.x(mark.at);
             let title = escape(&format!("{} {}: {}", figure::clock(mark.at), mark.on, mark.text));
@@ -357,10 +412,12 @@ pub(crate) fn track(run: &Run, track: &Track) -> String {
     let mut canvas = Canvas::new(WIDE, GUTTER, 12.0, (0.0, run.now));
     let (top, bottom) = (22.0, 86.0);
     canvas.phases(&run.rounds, run.now, (top, bottom));
-    canvas.text((GUTTER, 14.0), 12.0, "start", "b", &track.name);
-    let x = GUTTER + 7.2 * track.name.chars().count() as f64 + 10.0;
-    let about = fit(&track.about, WIDE - x - 12.0, 5.4);
-    canvas.text((x, 14.0), 10.5, "start", "m", &about);
+    let room = WIDE - GUTTER - 7.4 * track.name.chars().count() as f64 - 24.0;
+    let (name, about) = (escape(&track.name), escape(&fit(&track.about, room, 5.6)));
+    canvas.add(format_args!(
+        "<text x=\"{GUTTER}\" y=\"14\" font-size=\"12\" font-weight=\"600\" fill=\"currentColor\">{name}<tspan dx=\"8\" \
+         font-size=\"10.5\" font-weight=\"400\" fill-opacity=\"0.7\">{about}</tspan></text>"
+    ));
     canvas.plot(track, (top, bottom));
     canvas.finish(92.0, &format!("{} over the run", track.name))
 }
@@ -431,26 +488,17 @@ pub(crate) fn interval(finding: &Finding) -> Option<String> {
 }
 
 /// Injections by node, in rows so that none covers another.
-fn lanes(run: &Run) -> Vec<(String, Vec<Vec<&Injected>>)> {
-    let mut lanes: Vec<(String, Vec<Vec<&Injected>>)> = Vec::new();
+fn lanes(run: &Run) -> BTreeMap<&str, Vec<Vec<&Injected>>> {
+    let mut lanes: BTreeMap<&str, Vec<Vec<&Injected>>> = BTreeMap::new();
     for injected in &run.injections {
-        let node = &injected.injection.node;
-        let rows = match lanes.iter().position(|(name, _)| name == node) {
-            Some(i) => &mut lanes[i].1,
-            None => {
-                lanes.push((node.clone(), Vec::new()));
-                let last = lanes.len() - 1;
-                &mut lanes[last].1
-            }
-        };
-        let free =
-            |row: &&mut Vec<&Injected>| row.last().is_none_or(|last| end(last, run.now) <= injected.at);
-        match rows.iter_mut().find(free) {
-            Some(row) => row.push(injected),
-            None => rows.push(vec![injected]),
+        let rows = lanes.entry(&injected.injection.node).or_default();
+        let free = |row: &Vec<&Injected>| row.last().is_none_or(|last| end(last, run.now) <= injected.at);
+        if let Some(row) = rows.iter().position(free) {
+            rows[row].push(injected);
+        } else {
+            rows.push(vec![injected]);
         }
     }
-    lanes.sort_by(|a, b| a.0.cmp(&b.0));
     lanes
 }
 
@@ -471,7 +519,7 @@ fn bar(canvas: &mut Canvas, injected: &Injected, now: f64, y: f64) {
     let (text, class, paint) = if injected.bit && injected.stuck.is_none() {
         (injection.kind.clone(), "w", format!("class=\"bar\" fill=\"{ALARM}\""))
     } else {
-        let text = format!("{} {} {}", state.sign, injection.kind, state.word);
+        let text = format!("{} {} {}", state.glyph, injection.kind, state.word);
         (text, "b", format!("fill=\"none\" stroke=\"{DOUBT}\" stroke-width=\"1.4\" stroke-dasharray=\"4 2\""))
     };
     let text = fit(&text, width - 6.0, 5.8);

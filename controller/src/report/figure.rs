@@ -4,7 +4,7 @@ use crate::event::{Figure, Finding, GateOutline};
 
 /// A whole number with its thousands apart: `11 842`.
 #[must_use]
-pub fn count(value: f64) -> String {
+pub(crate) fn count(value: f64) -> String {
     let digits = format!("{:.0}", value.abs());
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
@@ -18,7 +18,7 @@ pub fn count(value: f64) -> String {
 
 /// A latency or another measured time, seconds: `850µs`, `41ms`, `1.93s`, `127s`.
 #[must_use]
-pub fn seconds(value: f64) -> String {
+pub(crate) fn seconds(value: f64) -> String {
     match value.abs() {
         0.0 => "0s".into(),
         v if v < 0.000_999_5 => format!("{}µs", significant(value * 1e6)),
@@ -29,7 +29,7 @@ pub fn seconds(value: f64) -> String {
 
 /// A length of time that was planned or has passed, seconds: `15s`, `8m41s`, `1h02m`. Below ten seconds with a tenth.
 #[must_use]
-pub fn span(value: f64) -> String {
+pub(crate) fn span(value: f64) -> String {
     if value < 10.0 {
         return if value.fract().abs() < 0.05 { format!("{value:.0}s") } else { seconds(value) };
     }
@@ -43,7 +43,7 @@ pub fn span(value: f64) -> String {
 
 /// A reading of the run's clock, seconds: `03:12`, `1:03:12`.
 #[must_use]
-pub fn clock(value: f64) -> String {
+pub(crate) fn clock(value: f64) -> String {
     let whole = value.max(0.0) as u64;
     let (h, m, s) = (whole / 3600, whole % 3600 / 60, whole % 60);
     if h > 0 { format!("{h}:{m:02}:{s:02}") } else { format!("{m:02}:{s:02}") }
@@ -51,7 +51,7 @@ pub fn clock(value: f64) -> String {
 
 /// `p95`, `p99.9`.
 #[must_use]
-pub fn percentile(value: f64) -> String {
+pub(crate) fn percentile(value: f64) -> String {
     // 0.999 * 100 is 99.900…01 in binary; four decimals are more than any plan has.
     let text = format!("{:.4}", value * 100.0);
     format!("p{}", text.trim_end_matches('0').trim_end_matches('.'))
@@ -59,7 +59,7 @@ pub fn percentile(value: f64) -> String {
 
 /// A value with its unit, as named in [`Figure::unit`] and [`Finding::unit`].
 #[must_use]
-pub fn value(value: f64, unit: &str) -> String {
+pub(crate) fn value(value: f64, unit: &str) -> String {
     if value.is_infinite() {
         return if value > 0.0 { "∞".into() } else { "-∞".into() };
     }
@@ -78,15 +78,20 @@ pub fn value(value: f64, unit: &str) -> String {
 
 /// A limit with its unit; unlike an estimate, a limit on growth needs no sign.
 #[must_use]
-pub fn limit(limit: f64, unit: &str) -> String {
+pub(crate) fn limit(limit: f64, unit: &str) -> String {
     if unit == "per_minute" { format!("{}/min", significant(limit)) } else { value(limit, unit) }
 }
 
-/// An interval: `[1.88, 1.97]` where the unit is that of the value beside it, each end with its own otherwise.
+/// An interval: `[1.88, 1.97]` where the unit is that of the value beside it, each end with its own otherwise; `≤ 2s`
+/// where one end is open.
 #[must_use]
-pub fn interval((low, high): (Option<f64>, Option<f64>), beside: Option<f64>, unit: &str) -> String {
-    let end = |end: Option<f64>, open: &str| end.map_or_else(|| open.to_string(), |v| value(v, unit));
-    let (low, high) = (end(low, "-∞"), end(high, "∞"));
+pub(crate) fn interval(ends: (Option<f64>, Option<f64>), beside: Option<f64>, unit: &str) -> String {
+    let (low, high) = match ends {
+        (Some(low), Some(high)) => (value(low, unit), value(high, unit)),
+        (Some(low), None) => return format!("≥ {}", value(low, unit)),
+        (None, Some(high)) => return format!("≤ {}", value(high, unit)),
+        (None, None) => return "unknown".into(),
+    };
     let shared = beside.map(|v| suffix(&value(v, unit)).to_owned()).unwrap_or_default();
     let bare = |text: &str| text == "∞" || text == "-∞" || (!shared.is_empty() && suffix(text) == shared);
     if bare(&low) && bare(&high) {
@@ -98,7 +103,7 @@ pub fn interval((low, high): (Option<f64>, Option<f64>), beside: Option<f64>, un
 
 /// The value of a finding, or a dash.
 #[must_use]
-pub fn found(finding: &Finding) -> String {
+pub(crate) fn found(finding: &Finding) -> String {
     match finding.value {
         Some(v) if finding.gate == "oom" => kills(v),
         Some(v) => value(v, &finding.unit),
@@ -108,7 +113,7 @@ pub fn found(finding: &Finding) -> String {
 
 /// The limit of a gate in words: `≤ 800ms`.
 #[must_use]
-pub fn gate_limit(gate: &GateOutline) -> String {
+pub(crate) fn gate_limit(gate: &GateOutline) -> String {
     match gate.gate.as_str() {
         "oom" => format!("≤ {}", kills(gate.limit)),
         "recovery" => format!("≤ {}", span(gate.limit)),
@@ -118,13 +123,13 @@ pub fn gate_limit(gate: &GateOutline) -> String {
 
 /// Kills with their noun: `0 kills`, `1 kill`.
 #[must_use]
-pub fn kills(n: f64) -> String {
+pub(crate) fn kills(n: f64) -> String {
     format!("{} {}", count(n), if (n - 1.0).abs() < f64::EPSILON { "kill" } else { "kills" })
 }
 
 /// A measure of an effect: `1 204 packets dropped`, `cpu usage 89.9%`.
 #[must_use]
-pub fn effect(figure: &Figure) -> String {
+pub(crate) fn effect(figure: &Figure) -> String {
     let name = figure.name.replace('_', " ");
     match figure.unit.as_str() {
         "packets" => format!("{} packets {name}", count(figure.value)),
@@ -134,7 +139,7 @@ pub fn effect(figure: &Figure) -> String {
 
 /// A count with its noun, which takes an s for any count but one: `1 round`, `5 rounds`.
 #[must_use]
-pub fn several(n: usize, noun: &str) -> String {
+pub(crate) fn several(n: usize, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{} {noun}s", count(n as f64)) }
 }
 
@@ -226,8 +231,9 @@ mod tests {
         assert_eq!(interval((Some(1.88), Some(1.97)), Some(1.93), "seconds"), "[1.88, 1.97]");
         assert_eq!(interval((Some(0.59), Some(1.2)), Some(0.612), "seconds"), "[590ms, 1.2s]");
         assert_eq!(interval((Some(-1.4), Some(5.6)), Some(2.1), "per_minute"), "[-1.4, +5.6]");
-        assert_eq!(interval((None, Some(0.0012)), Some(0.0004), "ratio"), "[-∞, 0.12]");
-        assert_eq!(interval((Some(3.0), None), Some(3.0), "seconds"), "[3, ∞]");
+        assert_eq!(interval((None, Some(0.0012)), Some(0.0004), "ratio"), "≤ 0.12%");
+        assert_eq!(interval((Some(3.0), None), Some(3.0), "seconds"), "≥ 3s");
+        assert_eq!(interval((Some(3.0), Some(f64::INFINITY)), Some(3.0), "seconds"), "[3, ∞]");
         assert_eq!(interval((Some(0.8), Some(0.9)), None, "seconds"), "[800ms, 900ms]");
     }
 

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use askama::Template;
 
 use super::{
-    RUNNING, Sign, Tally, announced, bites, chart, directory, figure, findings, host_state, outcome_sign,
+    RUNNING, Sign, Tally, announced, bites, chart, figure, findings, host_state, outcome_sign,
     series::{self, LoadSummary, Span, Track},
     state, verdict_sign,
 };
@@ -17,7 +17,7 @@ const PHASES: [(Phase, &str); 3] =
     [(Phase::Baseline, "baseline"), (Phase::Fault, "fault"), (Phase::Recovery, "recovery")];
 
 /// The report of a run as one HTML file. The same events give the same bytes.
-pub fn html(run: &Run) -> anyhow::Result<String> {
+pub(crate) fn html(run: &Run) -> anyhow::Result<String> {
     let marks = series::marks(run);
     let tracks = series::tracks(run);
     let page = Page {
@@ -40,7 +40,6 @@ pub fn html(run: &Run) -> anyhow::Result<String> {
         injections: run.injections.iter().map(|injected| InjectionRow::of(run, injected)).collect(),
         bites: bites(run),
         host_state: host_state(run),
-        directory: directory(run),
         methods: methods(run),
         notes: run.notes.iter().map(|(at, text)| (figure::clock(*at), text.as_str())).collect(),
         probes: run
@@ -71,7 +70,6 @@ struct Page<'a> {
     injections: Vec<InjectionRow>,
     bites: Vec<String>,
     host_state: String,
-    directory: String,
     methods: Vec<[String; 5]>,
     notes: Vec<(String, &'a str)>,
     probes: Vec<[String; 3]>,
@@ -160,6 +158,8 @@ struct GateRow {
     samples: String,
     since: String,
     reason: String,
+    /// Whether the reason says more than the figures.
+    explain: bool,
 }
 
 impl GateRow {
@@ -178,6 +178,7 @@ impl GateRow {
             samples: figure::count(finding.samples as f64),
             since: finding.since.map_or_else(dash, |s| format!("{} of fault", figure::clock(s))),
             reason: finding.reason.clone(),
+            explain: finding.outcome != Outcome::Pass,
         }
     }
 }
@@ -215,7 +216,7 @@ impl RoundView {
         Self {
             number: index + 1,
             name: outline.name.clone(),
-            sign: round.verdict.map_or(Sign { sign: "–", word: none, tone: "plain" }, verdict_sign),
+            sign: round.verdict.map_or(Sign { glyph: "–", word: none, tone: "plain" }, verdict_sign),
             tally: format!("{}/{} gates passed", tally.passed, tally.gates),
             lengths: format!(
                 "baseline {}, fault {}, recovery up to {}",
@@ -421,7 +422,7 @@ mod tests {
             }
             let tag = &body[start + 1..end];
             if let Some(name) = tag.strip_prefix('/') {
-                assert_eq!(open.pop(), Some(name), "at {}", &body[start.saturating_sub(80)..end + 1]);
+                assert_eq!(open.pop(), Some(name), "at {}", &body[start.saturating_sub(80)..=end]);
             } else if !tag.ends_with('/') {
                 open.push(tag.split_whitespace().next().expect("a name"));
             }
@@ -491,13 +492,13 @@ mod tests {
         let run = sample::run();
         let tracks = series::tracks(&run);
         let names: Vec<_> = tracks.iter().map(|t| t.name.as_str()).collect();
-        assert!(names.starts_with(&["served p95", "shoppers p95", "shoppers errors", "tasks"]), "{names:?}");
-        let shoppers = &tracks[1];
+        assert!(names.starts_with(&["shoppers p95", "shoppers errors", "served p95", "tasks"]), "{names:?}");
+        let shoppers = &tracks[0];
         assert_eq!(shoppers.points.len(), 225);
         assert_eq!(shoppers.rules.iter().filter(|r| matches!(r, series::Rule::Level { .. })).count(), 5);
         let svg = chart::track(&run, shoppers);
         let longest = svg.split(" d=\"").map(|path| path.matches('L').count()).max();
-        assert_eq!(longest, Some(224 + 2), "one line through every second, closed to an area");
+        assert_eq!(longest, Some(224), "one line through every second");
         assert!(svg.contains("limit 800ms"));
     }
 
@@ -514,7 +515,7 @@ mod tests {
                     injection.changes.push(hostile.into());
                 }
                 What::Judged { finding, .. } => {
-                    (finding.reason, finding.subject) = (hostile.into(), hostile.into())
+                    (finding.reason, finding.subject) = (hostile.into(), hostile.into());
                 }
                 What::Node(node) => node.kernel = hostile.into(),
                 What::RunStarted { rounds, .. } => rounds[0].name = hostile.into(),

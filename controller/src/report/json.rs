@@ -13,7 +13,7 @@ use crate::{
 
 /// The report of a run as JSON. Times are seconds since its start, ratios go from 0 to 1.
 #[must_use]
-pub fn json(run: &Run) -> Value {
+pub(crate) fn json(run: &Run) -> Value {
     let tally = Tally::of(run);
     json!({
         "schema": "squall.dev/report/v1",

@@ -1,18 +1,18 @@
 //! Reports: folds over a run, and everything a person sees of it once it is over.
 
 mod chart;
-pub mod figure;
+pub(crate) mod figure;
 mod html;
 mod json;
-mod series;
+pub(crate) mod series;
 mod text;
 
 #[cfg(test)]
 pub(crate) mod sample;
 
-pub use html::html;
-pub use json::json;
-pub use text::verdict_text;
+pub(crate) use html::html;
+pub(crate) use json::json;
+pub(crate) use text::{evidence, verdict_text};
 
 use crate::{
     event::{Finding, GateOutline, Outcome, Verdict},
@@ -23,7 +23,7 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sign {
     /// One character.
-    pub(crate) sign: &'static str,
+    pub(crate) glyph: &'static str,
     /// The word.
     pub(crate) word: &'static str,
     /// `good`, `bad`, `doubt` or `plain`: for colours.
@@ -31,39 +31,39 @@ pub(crate) struct Sign {
 }
 
 /// A run or a round without a verdict.
-pub(crate) const RUNNING: Sign = Sign { sign: "◷", word: "NO VERDICT", tone: "doubt" };
+pub(crate) const RUNNING: Sign = Sign { glyph: "◷", word: "NO VERDICT", tone: "doubt" };
 
 /// A verdict.
 pub(crate) fn verdict_sign(verdict: Verdict) -> Sign {
-    let (sign, word, tone) = match verdict {
+    let (glyph, word, tone) = match verdict {
         Verdict::Promote => ("✔", "PROMOTE", "good"),
         Verdict::Block => ("✖", "BLOCK", "bad"),
         Verdict::Rollback => ("✖", "ROLLBACK", "bad"),
         Verdict::Inconclusive => ("?", "INCONCLUSIVE", "doubt"),
         Verdict::Aborted => ("■", "ABORTED", "doubt"),
     };
-    Sign { sign, word, tone }
+    Sign { glyph, word, tone }
 }
 
 /// An outcome of a gate.
 pub(crate) fn outcome_sign(outcome: Outcome) -> Sign {
-    let (sign, word, tone) = match outcome {
+    let (glyph, word, tone) = match outcome {
         Outcome::Pass => ("✔", "ok", "good"),
         Outcome::Fail => ("✖", "FAIL", "bad"),
         Outcome::Inconclusive => ("?", "INCONCLUSIVE", "doubt"),
     };
-    Sign { sign, word, tone }
+    Sign { glyph, word, tone }
 }
 
 /// What became of an injection.
 pub(crate) fn state(injected: &Injected) -> Sign {
-    let (sign, word, tone) = match (injected.stuck.is_some(), injected.bit, injected.reverted.is_some()) {
+    let (glyph, word, tone) = match (injected.stuck.is_some(), injected.bit, injected.reverted.is_some()) {
         (true, _, _) => ("✖", "STUCK", "bad"),
         (_, false, _) => ("?", "IDLE", "doubt"),
         (_, true, true) => ("✔", "bit, reverted", "good"),
         (_, true, false) => ("●", "biting", "plain"),
     };
-    Sign { sign, word, tone }
+    Sign { glyph, word, tone }
 }
 
 /// All findings with their rounds, in order; those over the whole run last.
@@ -185,7 +185,42 @@ pub(crate) fn host_state(run: &Run) -> String {
     }
 }
 
-/// Where the files of a run are, seen from where it was started.
-pub(crate) fn directory(run: &Run) -> String {
-    format!("runs/{}", run.id)
+/// Colours on a terminal, where they are wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Paint {
+    /// Whether they are.
+    pub(crate) colour: bool,
+}
+
+impl Paint {
+    /// In faint letters.
+    pub(crate) fn dim(self, text: &str) -> String {
+        self.with("2", text)
+    }
+
+    /// In the colour of a tone; one that is plain has none.
+    pub(crate) fn tone(self, tone: &str, text: &str) -> String {
+        match code(tone) {
+            Some(code) => self.with(code, text),
+            None => text.into(),
+        }
+    }
+
+    /// Bold, in the colour of a tone.
+    pub(crate) fn strong(self, tone: &str, text: &str) -> String {
+        self.with(&code(tone).map_or("1".into(), |code| format!("1;{code}")), text)
+    }
+
+    fn with(self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
+    }
+}
+
+fn code(tone: &str) -> Option<&'static str> {
+    match tone {
+        "good" => Some("32"),
+        "bad" => Some("31"),
+        "doubt" => Some("35"),
+        _ => None,
+    }
 }

@@ -263,18 +263,22 @@ fn inject(
 
 fn sample(i: usize, case: &Case, at: f64, hurt: bool, add: &mut impl FnMut(f64, What)) {
     let noise = |salt: u64| {
-        let mixed = ((at as u64) * 31 + salt).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-        mixed as f64 / f64::from(1u32 << 24) - 0.5
+        let mut mixed =
+            (at as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ salt.wrapping_mul(0xd1b5_4a32_d192_ed03);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed >> 40) as f64 / f64::from(1u32 << 24) - 0.5
     };
     let slow = if hurt { case.slow } else { 1.0 };
-    let base = 0.024 * slow * (1.0 + 0.25 * noise(1));
+    let base = 0.024 * slow * (1.0 + 0.4 * noise(1) + if noise(5) > 0.46 { 0.8 } else { 0.0 });
     let lost = if hurt { (case.lost * RATE as f64 + noise(2) + 0.5).floor().max(0.0) as u64 } else { 0 };
     let mut latency: Vec<(u64, u64)> = NORMAL
         .iter()
         .flat_map(|z| [-*z, *z])
-        .map(|z| ((base * (0.34 * z).exp() * 1e6) as u64, (RATE - lost) / 20))
+        .map(|z| ((base * (0.34 * z).exp() * 1e6) as u64, RATE / 20))
         .collect();
     latency.sort_unstable();
+    latency[19].1 -= lost;
     let ok: u64 = latency.iter().map(|(_, n)| n).sum();
     let failed = RATE - ok;
     let bin = LoadBin {
@@ -306,7 +310,7 @@ fn sample(i: usize, case: &Case, at: f64, hurt: bool, add: &mut impl FnMut(f64, 
         threads: 9,
         fds: 64,
         rss: (150.0 * 1_048_576.0) as u64,
-        cpu: at * 0.4,
+        cpu: at * 0.4 + 0.1 * noise(6),
         oom_kills: Some(0),
         generation: "4121".into(),
         cgroup_memory: (memory * 1_048_576.0) as u64,

@@ -135,6 +135,14 @@ pub(crate) enum Rule {
     },
 }
 
+impl Rule {
+    /// What to write beside it.
+    pub(crate) fn label(&self) -> &str {
+        let (Self::Level { label, .. } | Self::Slope { label, .. } | Self::By { label, .. }) = self;
+        label
+    }
+}
+
 impl Track {
     fn new(name: String, about: &str, unit: &str, points: Vec<(f64, f64)>) -> Self {
         let from_zero = matches!(unit, "seconds" | "ratio" | "bytes" | "cpus");
@@ -159,20 +167,31 @@ impl Track {
     }
 }
 
-/// Every probe as a curve, load probes as several, with the limits of all rounds.
+/// Every probe as a curve, load probes as several, with the limits of all rounds; then the targets.
 pub(crate) fn tracks(run: &Run) -> Vec<Track> {
+    let mut tracks = probes(run, 0.0);
+    tracks.extend(targets(run));
+    tracks
+}
+
+/// Every probe as a curve from a time on, load probes as several, with the limits of all rounds.
+pub(crate) fn probes(run: &Run, from: f64) -> Vec<Track> {
     let mut tracks = Vec::new();
-    for (name, probe) in &run.probes {
+    // What users see comes first.
+    let (load, others): (Vec<_>, Vec<_>) =
+        run.probes.iter().partition(|(_, probe)| probe.outline.kind == "load");
+    for (name, probe) in load.into_iter().chain(others) {
         let gates = || run.rounds.iter().flat_map(|r| &r.outline.gates).filter(|g| g.source == *name);
         let asked: BTreeSet<u64> = gates().filter_map(|g| g.percentile).map(f64::to_bits).collect();
         let asked = if asked.is_empty() { BTreeSet::from([0.95f64.to_bits()]) } else { asked };
         if probe.outline.kind == "load" {
-            tracks.extend(asked.iter().map(|p| latency(name, probe, f64::from_bits(*p))));
-            tracks.push(errors(name, probe));
+            let bins = &probe.bins[probe.bins.partition_point(|bin| bin.start < from)..];
+            tracks.extend(asked.iter().map(|p| latency(name, bins, f64::from_bits(*p))));
+            tracks.push(errors(name, bins));
         } else if probe.buckets.is_empty() {
-            tracks.push(gauge(name, probe));
+            tracks.push(gauge(name, probe, from));
         } else {
-            tracks.extend(asked.iter().map(|p| histogram(name, probe, f64::from_bits(*p))));
+            tracks.extend(asked.iter().map(|p| histogram(name, probe, f64::from_bits(*p), from)));
         }
     }
     for track in &mut tracks {
@@ -182,7 +201,6 @@ pub(crate) fn tracks(run: &Run) -> Vec<Track> {
             track.rules.extend(rules);
         }
     }
-    tracks.extend(targets(run));
     tracks
 }
 
@@ -193,48 +211,48 @@ pub(crate) fn track_of(run: &Run, round: &Round, gate: &GateOutline) -> Option<T
     }
     let probe = run.probes.get(&gate.source)?;
     let name = &gate.source;
+    let p = gate.percentile.unwrap_or(0.95);
     let mut track = match gate.gate.as_str() {
-        "errors" => errors(name, probe),
-        _ if probe.outline.kind == "load" => latency(name, probe, gate.percentile.unwrap_or(0.95)),
-        _ if !probe.buckets.is_empty() => histogram(name, probe, gate.percentile.unwrap_or(0.95)),
-        _ => gauge(name, probe),
+        "errors" => errors(name, &probe.bins),
+        _ if probe.outline.kind == "load" => latency(name, &probe.bins, p),
+        _ if !probe.buckets.is_empty() => histogram(name, probe, p, 0.0),
+        _ => gauge(name, probe, 0.0),
     };
     track.rules.extend(rule(run, round, gate, &track));
     Some(track)
 }
 
-fn latency(name: &str, probe: &Probe, p: f64) -> Track {
-    let points =
-        probe.bins.iter().filter_map(|bin| Some((bin.start + 0.5, LoadSummary::of([bin]).quantile(p)?)));
+fn latency(name: &str, bins: &[LoadBin], p: f64) -> Track {
+    let points = bins.iter().filter_map(|bin| Some((bin.start + 0.5, LoadSummary::of([bin]).quantile(p)?)));
     let about = "latency of all requests due in a second, bad answers and timeouts included";
     Track::new(format!("{name} {}", figure::percentile(p)), about, "seconds", points.collect())
 }
 
-fn errors(name: &str, probe: &Probe) -> Track {
-    let points =
-        probe.bins.iter().filter_map(|bin| Some((bin.start + 0.5, LoadSummary::of([bin]).errors()?)));
-    Track::new(
-        format!("{name} errors"),
-        "share of the requests due in a second that failed",
-        "ratio",
-        points.collect(),
-    )
+fn errors(name: &str, bins: &[LoadBin]) -> Track {
+    let points = bins.iter().filter_map(|bin| Some((bin.start + 0.5, LoadSummary::of([bin]).errors()?)));
+    let about = "share of the requests due in a second that failed";
+    Track::new(format!("{name} errors"), about, "ratio", points.collect())
 }
 
-fn gauge(name: &str, probe: &Probe) -> Track {
-    let mut track =
-        Track::new(name.into(), &probe.outline.summary, &probe.outline.unit, probe.values.clone());
-    track.misses = probe.failures.iter().map(|(at, _)| *at).collect();
+fn gauge(name: &str, probe: &Probe, from: f64) -> Track {
+    let points = probe.values.iter().filter(|(at, _)| *at >= from).copied();
+    let mut track = Track::new(name.into(), &probe.outline.summary, &probe.outline.unit, points.collect());
+    track.misses = misses(probe, from);
     track
 }
 
-fn histogram(name: &str, probe: &Probe, p: f64) -> Track {
-    let points = probe.buckets.iter().filter_map(|(at, buckets)| Some((*at, bucket_quantile(buckets, p)?)));
+fn histogram(name: &str, probe: &Probe, p: f64, from: f64) -> Track {
+    let recent = probe.buckets.iter().filter(|(at, _)| *at >= from);
+    let points = recent.filter_map(|(at, buckets)| Some((*at, bucket_quantile(buckets, p)?)));
     let name = format!("{name} {}", figure::percentile(p));
-    let mut track =
-        Track::new(name, "upper bound of the bucket that holds it", &probe.outline.unit, points.collect());
-    track.misses = probe.failures.iter().map(|(at, _)| *at).collect();
+    let about = "upper bound of the bucket that holds it";
+    let mut track = Track::new(name, about, &probe.outline.unit, points.collect());
+    track.misses = misses(probe, from);
     track
+}
+
+fn misses(probe: &Probe, from: f64) -> Vec<f64> {
+    probe.failures.iter().map(|(at, _)| *at).filter(|at| *at >= from).collect()
 }
 
 fn kills(run: &Run, gate: &GateOutline) -> Track {
@@ -303,7 +321,7 @@ fn rule(run: &Run, round: &Round, gate: &GateOutline, track: &Track) -> Option<R
             let start = round.phases.get(&Phase::Recovery)?;
             Some(Rule::By {
                 at: start + gate.limit,
-                label: format!("recovered by {}", figure::span(gate.limit)),
+                label: format!("recover by {}", figure::span(gate.limit)),
             })
         }
         _ => None,

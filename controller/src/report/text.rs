@@ -1,17 +1,17 @@
 //! The verdict on a terminal.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, path::Path};
 
-use super::{RUNNING, Sign, Tally, bites, directory, figure, host_state, outcome_sign, state, verdict_sign};
+use super::{Paint, RUNNING, Tally, bites, figure, host_state, outcome_sign, state, verdict_sign};
 use crate::{
     event::{Finding, Outcome},
     fold::{Round, Run},
 };
 
 /// The verdict of a run, as printed at its end: the first and the last line are the verdict, and every gate that did
-/// not pass shows its evidence. Ends in a newline.
+/// not pass shows its evidence. `report` is where the report for people was written. Ends in a newline.
 #[must_use]
-pub fn verdict_text(run: &Run, colour: bool) -> String {
+pub(crate) fn verdict_text(run: &Run, report: Option<&Path>, colour: bool) -> String {
     let paint = Paint { colour };
     let sign = run.verdict.as_ref().map_or(RUNNING, |(v, _)| verdict_sign(*v));
     let title: Vec<&str> = [Some(run.plan.as_str()), run.version.as_deref()].into_iter().flatten().collect();
@@ -20,7 +20,7 @@ pub fn verdict_text(run: &Run, colour: bool) -> String {
         out.push_str(text.trim_end());
         out.push('\n');
     };
-    line(format!("{}  {}   {}", paint.strong(sign, sign.word), title.join(" "), Tally::of(run).words()));
+    line(format!("{}  {}   {}", paint.strong(sign.tone, sign.word), title.join(" "), Tally::of(run).words()));
     if let Some((_, reason)) = &run.verdict {
         line(reason.clone());
     }
@@ -35,7 +35,7 @@ pub fn verdict_text(run: &Run, colour: bool) -> String {
         for idle in run.injections.iter().filter(|x| x.round == Some(i) && !x.bit) {
             let injection = &idle.injection;
             let sign = state(idle);
-            let text = format!("{} {} {} on {}", sign.sign, sign.word, injection.summary, injection.node);
+            let text = format!("{} {} {} on {}", sign.glyph, sign.word, injection.summary, injection.node);
             line(format!("      {}", paint.tone(sign.tone, &text)));
         }
     }
@@ -55,12 +55,14 @@ pub fn verdict_text(run: &Run, colour: bool) -> String {
         line(format!("Faults bit: {}", bites.join(", ")));
     }
     line(format!("Host state: {}", host_state(run)));
-    line(format!("Report   {}/report.html", directory(run)));
+    if let Some(report) = report {
+        line(format!("Report   {}", report.display()));
+    }
     match &run.verdict {
         Some((verdict, _)) => {
-            line(paint.strong(sign, &format!("{}  exit {}", sign.word, verdict.exit_code())))
+            line(paint.strong(sign.tone, &format!("{}  exit {}", sign.word, verdict.exit_code())));
         }
-        None => line(paint.strong(sign, &format!("{}  the run did not end", sign.word))),
+        None => line(paint.strong(sign.tone, &format!("{}  the run did not end", sign.word))),
     }
     out
 }
@@ -79,13 +81,13 @@ fn round_line(run: &Run, round: &Round, paint: Paint) -> String {
     let sign = verdict_sign(verdict);
     let tally = Tally::of_round(round);
     let gates = format!("{}/{} gates", tally.passed, tally.gates);
-    format!("  {} {name:width$}  {gates}", paint.tone(sign.tone, sign.sign))
+    format!("  {} {name:width$}  {gates}", paint.tone(sign.tone, sign.glyph))
 }
 
 /// The lines of a finding. Of those that passed only a round with something to look at shows any.
 fn lines(finding: &Finding, show: bool, paint: Paint, line: &mut impl FnMut(String)) {
     let sign = outcome_sign(finding.outcome);
-    let label = paint.tone(sign.tone, &format!("{} {}", sign.sign, sign.word));
+    let label = paint.tone(sign.tone, &format!("{} {}", sign.glyph, sign.word));
     if finding.outcome == Outcome::Pass {
         if show {
             let value = finding.value.map(|_| format!("  {}", figure::found(finding))).unwrap_or_default();
@@ -93,21 +95,32 @@ fn lines(finding: &Finding, show: bool, paint: Paint, line: &mut impl FnMut(Stri
         }
         return;
     }
-    let mut text = format!("      {label} {}  {}", finding.gate, finding.subject);
-    if finding.value.is_some() {
-        let _ = write!(text, "  {}", figure::found(finding));
-    }
-    if let Some(interval) = finding.interval {
-        let _ = write!(text, "  {}", figure::interval(interval, finding.value, &finding.unit));
-    }
-    let _ = write!(text, "   limit {}", figure::limit(finding.limit, &finding.unit));
-    line(text);
-    line(format!("          {}", evidence(finding)));
+    line(format!("      {label} {}  {}  {}", finding.gate, finding.subject, figures(finding)));
+    line(format!("          {}", circumstances(finding)));
     line(format!("          {}", finding.reason));
 }
 
+/// A finding in one line: its figures, since when, against what, from how much.
+pub(crate) fn evidence(finding: &Finding) -> String {
+    let figures = figures(finding);
+    let mut text = format!("{} {figures} · {}", finding.subject, circumstances(finding));
+    if finding.outcome != Outcome::Pass {
+        // Writing to a string does not fail.
+        let _ = write!(text, " · {}", finding.reason);
+    }
+    text
+}
+
+/// Value, interval and limit.
+fn figures(finding: &Finding) -> String {
+    let value = finding.value.map(|_| figure::found(finding));
+    let interval = finding.interval.map(|i| figure::interval(i, finding.value, &finding.unit));
+    let limit = format!("limit {}", figure::limit(finding.limit, &finding.unit));
+    [value, interval, Some(limit)].into_iter().flatten().collect::<Vec<_>>().join("  ")
+}
+
 /// Since when, against what, from how much.
-fn evidence(finding: &Finding) -> String {
+fn circumstances(finding: &Finding) -> String {
     let mut parts = Vec::new();
     if let Some(since) = finding.since {
         parts.push(format!("since {} of fault", figure::clock(since)));
@@ -119,51 +132,22 @@ fn evidence(finding: &Finding) -> String {
     parts.join(" · ")
 }
 
-/// Colours, where they are wanted.
-#[derive(Clone, Copy)]
-struct Paint {
-    colour: bool,
-}
-
-impl Paint {
-    fn with(self, code: &str, text: &str) -> String {
-        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
-    }
-
-    fn dim(self, text: &str) -> String {
-        self.with("2", text)
-    }
-
-    fn tone(self, tone: &str, text: &str) -> String {
-        match tone {
-            "good" => self.with("32", text),
-            "bad" => self.with("31", text),
-            "doubt" => self.with("35", text),
-            _ => text.into(),
-        }
-    }
-
-    fn strong(self, sign: Sign, text: &str) -> String {
-        match sign.tone {
-            "good" => self.with("1;32", text),
-            "bad" => self.with("1;31", text),
-            _ => self.with("1;35", text),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::{super::sample, *};
 
+    fn text(run: &Run, colour: bool) -> String {
+        verdict_text(run, Some(Path::new("runs/7f3a/report.html")), colour)
+    }
+
     #[test]
     fn a_block_shows_its_evidence() {
-        insta::assert_snapshot!(verdict_text(&sample::run(), false));
+        insta::assert_snapshot!(text(&sample::run(), false));
     }
 
     #[test]
     fn a_run_that_was_cut_off_never_reads_as_a_pass() {
-        let text = verdict_text(&sample::cut(), false);
+        let text = text(&sample::cut(), false);
         assert!(text.starts_with("NO VERDICT  recommender-release v2.14.0"), "{text}");
         assert!(text.ends_with("NO VERDICT  the run did not end\n"), "{text}");
         assert!(text.contains("- redis-slow       not finished"), "{text}");
@@ -172,7 +156,7 @@ mod tests {
 
     #[test]
     fn colour_adds_escapes_and_nothing_else() {
-        let (plain, coloured) = (verdict_text(&sample::run(), false), verdict_text(&sample::run(), true));
+        let (plain, coloured) = (text(&sample::run(), false), text(&sample::run(), true));
         assert!(coloured.contains("\x1b[1;31mBLOCK\x1b[0m"));
         let mut stripped = String::new();
         let mut rest = coloured.as_str();
