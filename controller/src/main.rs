@@ -14,6 +14,7 @@ mod plan;
 mod probe;
 mod report;
 mod signals;
+mod stats;
 mod wrong;
 
 use std::{io::Write as _, process::ExitCode};
