@@ -3,6 +3,7 @@
 mod agents;
 mod check;
 mod cli;
+mod clock;
 mod commands;
 mod event;
 mod faults;
