@@ -22,6 +22,7 @@ mod report;
 mod round;
 mod run;
 mod signals;
+mod stats;
 mod store;
 mod wrong;
 
