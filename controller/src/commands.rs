@@ -261,7 +261,7 @@ pub(crate) fn report(common: &Common, run: &str, format: Option<Format>) -> Resu
             let (run, path) = store::report_again(&dir)?;
             match common.output {
                 Output::Json => print_json(&report::json(&run)),
-                Output::Text => out(&verdict_text(&run)),
+                Output::Text => out(&verdict_text(&run, Some(&path))),
             }
             eprintln!("squall: wrote {}", path.display());
         }

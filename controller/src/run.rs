@@ -125,7 +125,8 @@ fn conclude(common: &Common, log: &Log, ended: Ended) -> Result<u8> {
     log.finish();
     let reported = log.store(|store, run| {
         let path = store.write_reports(run);
-        (path, if common.output == Output::Json { None } else { Some(verdict_text(run)) }, report::json(run))
+        let text = (common.output != Output::Json).then(|| verdict_text(run, path.as_deref().ok()));
+        (path, text, report::json(run))
     });
     let (path, text, json) = reported;
     let path = path?;
@@ -150,11 +151,11 @@ fn conclude(common: &Common, log: &Log, ended: Ended) -> Result<u8> {
 }
 
 /// The verdict for a person at a terminal, or for a pipe.
-pub(crate) fn verdict_text(run: &Run) -> String {
+pub(crate) fn verdict_text(run: &Run, report: Option<&Path>) -> String {
     let set = |name| std::env::var_os(name).filter(|v| !v.is_empty());
     let colour =
         stdout().is_terminal() && set("NO_COLOR").is_none() && set("TERM").is_none_or(|t| t != "dumb");
-    report::verdict_text(run, colour)
+    report::verdict_text(run, report, colour)
 }
 
 /// All rounds of a plan, from the dry run to the verdict.
