@@ -15,7 +15,10 @@ use crate::{
     time::BootTime,
 };
 
+mod cpu;
+mod memory;
 mod registry;
+mod stressing;
 pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 
 /// One kind of fault.

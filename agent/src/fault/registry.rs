@@ -36,7 +36,10 @@ macro_rules! faults {
     };
 }
 
-faults! {}
+faults! {
+    Cpu => super::cpu::CpuFault,
+    Memory => super::memory::MemoryFault,
+}
 
 /// A kind of fault, for what can be done without an instance of it.
 #[derive(Debug, Clone, Copy)]

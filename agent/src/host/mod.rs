@@ -1,4 +1,7 @@
 //! Thin, safe faces over the kernel. The only unsafe code of the agent.
 
 pub mod cgroup;
+#[expect(unsafe_code, reason = "maps and locks memory")]
+pub mod memory;
+#[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range")]
 pub mod proc;
