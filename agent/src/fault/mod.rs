@@ -16,7 +16,10 @@ use crate::{
 };
 
 mod network;
+mod cpu;
+mod memory;
 mod registry;
+mod stressing;
 pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 
 /// One kind of fault.

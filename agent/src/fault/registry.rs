@@ -25,7 +25,6 @@ macro_rules! faults {
             pub fn parse(proto: v1::Fault) -> Result<Self, Invalid> {
                 match proto.kind {
                     $(Some(v1::fault::Kind::$message(message)) => <$fault>::parse(message).map(Self::of),)*
-                    #[allow(unreachable_patterns)] Some(_) => unreachable!(),
                     None => {
                         let kinds: Vec<_> = KINDS.iter().map(|k| k.name).collect();
                         Err(Invalid::new("fault", "", "no kind is given", format!("give one of {}", kinds.join(", "))))
@@ -38,6 +37,8 @@ macro_rules! faults {
 
 faults! {
     Network => super::network::Network,
+    Cpu => super::cpu::CpuFault,
+    Memory => super::memory::MemoryFault,
 }
 
 /// A kind of fault, for what can be done without an instance of it.

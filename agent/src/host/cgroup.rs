@@ -37,6 +37,15 @@ pub enum Version {
     V2,
 }
 
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
+}
+
 impl Hierarchies {
     /// Reads them from /proc/self/mountinfo.
     pub fn read() -> io::Result<Self> {
@@ -197,6 +206,16 @@ impl Cgroup {
             .or_else(|| self.unified.as_deref().map(|dir| (Version::V2, dir)))
     }
 
+    /// The directories a process has to move into to be under these controllers of it: v1 has one for each, v2 one for
+    /// all, which counts only where none of them is in v1.
+    pub fn places(&self, controllers: &[&str]) -> Vec<PathBuf> {
+        let named = |name: &String| controllers.contains(&name.as_str());
+        let mut v1: Vec<PathBuf> =
+            self.v1.iter().filter(|(name, _)| named(name)).map(|(_, dir)| dir.clone()).collect();
+        v1.dedup();
+        if v1.is_empty() { self.unified.clone().into_iter().collect() } else { v1 }
+    }
+
     /// The processes in it and below it.
     pub fn processes(&self) -> Vec<i32> {
         let mut pids = Vec::new();
@@ -246,6 +265,16 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether an OOM kill in it ends all of its processes at once.
+    pub fn kills_group(&self) -> bool {
+        read_number(&self.dir.join("memory.oom.group")) == Some(1)
+    }
+
     /// Inode of its directory; none where it is gone.
     pub fn inode(&self) -> Option<u64> {
         inode(&self.dir)
@@ -305,6 +334,13 @@ impl Memory {
         }
         all
     }
+}
+
+/// Whether a process can be moved into a cgroup: one of v2 that turned controllers on for its children takes none,
+/// except the root [Documentation/admin-guide/cgroup-v2.rst, "No Internal Process Constraint", 6.1].
+pub fn takes_processes(dir: &Path) -> bool {
+    let is_root = !dir.join("cgroup.type").exists();
+    is_root || fs::read_to_string(dir.join("cgroup.subtree_control")).is_ok_and(|on| on.trim().is_empty())
 }
 
 /// Memory of the node, bytes: all of it, and what could be had without swapping.

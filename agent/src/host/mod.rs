@@ -4,6 +4,9 @@ pub mod bpf;
 pub mod cgroup;
 pub mod netns;
 pub mod port;
+#[expect(unsafe_code, reason = "maps and locks memory")]
+pub mod memory;
+#[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range")]
 pub mod proc;
 pub mod tap;
 pub mod tc;

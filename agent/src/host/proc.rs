@@ -3,7 +3,10 @@
 use std::{
     ffi::OsStr,
     fs, io,
-    os::unix::ffi::OsStrExt,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -100,8 +103,7 @@ pub fn descriptors(pid: i32) -> Option<u64> {
 }
 
 /// Resident memory, bytes. From statm, which is exact from 6.16 on (`get_mm_counter_sum` in
-/// `fs/proc/task_mmu.c`); stat
-/// leaves out what is still counted per CPU.
+/// `fs/proc/task_mmu.c`); stat leaves out what is still counted per CPU.
 pub fn resident(pid: i32) -> Option<u64> {
     let memory = procfs::process::StatM::from_file(format!("/proc/{pid}/statm")).ok()?;
     Some(memory.resident * procfs::page_size())
@@ -113,6 +115,44 @@ pub fn allowed_cpus(pid: i32) -> Option<Vec<usize>> {
     let status = String::from_utf8_lossy(&bytes); // a process may call itself anything
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     super::cgroup::parse_cpus(list.trim())
+}
+
+/// A process, held so that its pid cannot come to mean another one.
+#[derive(Debug)]
+pub struct PidFd(OwnedFd);
+
+impl PidFd {
+    /// Takes hold of a process. None where there is none of this pid.
+    pub fn open(pid: i32) -> io::Result<Option<Self>> {
+        // SAFETY: pidfd_open takes two integers and returns a new descriptor or an error.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        if fd < 0 {
+            let error = io::Error::last_os_error();
+            return if error.raw_os_error() == Some(libc::ESRCH) { Ok(None) } else { Err(error) };
+        }
+        // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
+        Ok(Some(Self(unsafe { OwnedFd::from_raw_fd(fd as i32) })))
+    }
+
+    /// SIGKILL. A process that has ended is as good as killed.
+    pub fn kill(&self) -> io::Result<()> {
+        let no_info = std::ptr::null::<libc::siginfo_t>();
+        let fd = self.0.as_raw_fd();
+        // SAFETY: the descriptor is open, and the kernel allows a null siginfo.
+        let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, no_info, 0) };
+        if sent == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) }
+    }
+}
+
+/// Closes every descriptor but standard input, output and error. For a program that has opened none yet.
+pub fn close_inherited_descriptors() -> io::Result<()> {
+    // SAFETY: called first thing in a new program, before anything owns a descriptor above 2.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+    if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

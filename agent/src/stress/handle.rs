@@ -1,0 +1,179 @@
+//! The agent's side of a stressor.
+
+use std::{
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout, Command},
+    time::{sleep, timeout},
+};
+
+use super::{Kind, Order, Report, What, Work};
+use crate::{host::proc, time::BootTime};
+
+/// How long an answer may take. A stressor answers at once, unless its cgroup is throttled or frozen.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long the end of a killed stressor may take: it gives its memory back first.
+const END: Duration = Duration::from_secs(20);
+
+/// A running stressor. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Stressor {
+    child: Child,
+    orders: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+    number: u64,
+    last: Report,
+}
+
+impl Stressor {
+    /// Starts a stressor in these cgroups and gives it work.
+    pub async fn start(
+        kind: Kind,
+        token: &str,
+        cgroups: &[PathBuf],
+        work: Work,
+        until: BootTime,
+    ) -> Result<Self> {
+        let mut command = Command::new(program()?);
+        command
+            .arg0(proc::STRESSOR)
+            .args(["stress", kind.name()])
+            .arg(format!("{}{token}", proc::INJECTION_ARGUMENT))
+            .args(cgroups.iter().flat_map(|dir| [Path::new("--cgroup"), dir.as_path()]))
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // Ctrl-C in a terminal is for the agent, which takes things back in order.
+            .process_group(0)
+            .kill_on_drop(true);
+        let mut child = command.spawn().context("start a stressor")?;
+        let orders = child.stdin.take().context("the stressor has no input")?;
+        let answers = BufReader::new(child.stdout.take().context("the stressor has no output")?).lines();
+        let mut stressor = Self { child, orders, answers, number: 0, last: Report::default() };
+        stressor.work(work, until).await?;
+        Ok(stressor)
+    }
+
+    /// Changes its work, without a gap. Where it has ended, this is an error.
+    pub async fn work(&mut self, work: Work, until: BootTime) -> Result<()> {
+        if !self.ask(What::Work { work, until }).await? {
+            bail!("the stressor has ended{}", self.how_it_ended());
+        }
+        if let Some(error) = &self.last.error {
+            bail!("the stressor cannot: {error}");
+        }
+        Ok(())
+    }
+
+    /// Moves the time at which it ends by itself. One that has ended stays ended.
+    pub async fn until(&mut self, until: BootTime) -> Result<()> {
+        self.ask(What::Until { until }).await.map(|_alive| ())
+    }
+
+    /// What it did up to now; where it has ended, its last words.
+    pub async fn report(&mut self) -> Result<Report> {
+        self.ask(What::Report).await?;
+        Ok(self.last.clone())
+    }
+
+    /// Whether somebody killed it: the kernel, out of memory, or whoever killed everything in the cgroup.
+    pub fn was_killed(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(Some(status)) if status.signal() == Some(libc::SIGKILL))
+    }
+
+    fn how_it_ended(&mut self) -> String {
+        match self.child.try_wait() {
+            Ok(Some(status)) => format!(" ({status})"),
+            _ => String::new(),
+        }
+    }
+
+    /// Gives an order and waits for its answer. False: it has ended.
+    async fn ask(&mut self, what: What) -> Result<bool> {
+        self.number += 1;
+        let order = Order { number: self.number, what };
+        let mut line = serde_json::to_vec(&order).context("write an order")?;
+        line.push(b'\n');
+        // A stressor that has ended still has words in its pipe.
+        let _ended = self.orders.write_all(&line).await;
+        timeout(ANSWER, self.answer()).await.context("the stressor does not answer")?
+    }
+
+    async fn answer(&mut self) -> Result<bool> {
+        while let Some(line) = self.answers.next_line().await.context("read from the stressor")? {
+            self.last = serde_json::from_str(&line).with_context(|| format!("a strange answer: {line}"))?;
+            // Zero: it could not even start, or its time is up. An older number answers an order given up on.
+            if self.last.number == self.number || (self.last.number == 0 && self.last.error.is_some()) {
+                return Ok(true);
+            }
+        }
+        // It has closed its output, so it ends now.
+        self.child.wait().await.context("wait for the stressor")?;
+        Ok(false)
+    }
+}
+
+/// The agent itself, also after its file was replaced.
+#[cfg(not(test))]
+fn program() -> Result<PathBuf> {
+    Ok("/proc/self/exe".into())
+}
+
+/// Tests run in a program that is not the agent; cargo builds the agent for them because of agent/tests.
+#[cfg(test)]
+fn program() -> Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    let agent = test.ancestors().nth(2).context("no directory")?.join("squall-agent");
+    if !agent.exists() {
+        bail!("no {}: cargo build -p squall-agent", agent.display());
+    }
+    Ok(agent)
+}
+
+/// Ends every stressor that works for an injection, whoever started it, and waits until it has given its memory back.
+/// None is as good.
+pub async fn end_all(token: &str) -> Result<()> {
+    let started = Instant::now();
+    loop {
+        let left = strays(token)?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        if started.elapsed() > END {
+            bail!("stressor {left:?} of injection {token} was killed but does not end");
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Kills the stressors of an injection. Returns those that are still there, and all stressors that are dying: one that
+/// is giving its memory back has no arguments any more that say whose it is.
+fn strays(token: &str) -> Result<Vec<i32>> {
+    let mut left = Vec::new();
+    for pid in proc::pids().context("list /proc")? {
+        let arguments = proc::arguments(pid);
+        if arguments.is_empty() {
+            let dying = proc::any_stat(pid).is_some_and(|stat| {
+                // A zombie with no other threads has nothing left to give back.
+                stat.comm == proc::STRESSOR && (stat.state != 'Z' || stat.num_threads > 1)
+            });
+            left.extend(dying.then_some(pid));
+        } else if proc::injection_of(&arguments) == Some(token) {
+            let Some(process) = proc::PidFd::open(pid).context("hold a stressor")? else { continue };
+            // Held now: look again, so that it is not another process of the same pid.
+            if proc::injection_of(&proc::arguments(pid)) == Some(token) {
+                process.kill().with_context(|| format!("kill the stressor {pid}"))?;
+            }
+            left.push(pid);
+        }
+    }
+    Ok(left)
+}
