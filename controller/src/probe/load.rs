@@ -220,9 +220,9 @@ impl Bins {
         open.ended += 1;
         open.late += u64::from(answer.late);
         match &answer.failure {
-            None => open.ok.saturating_record(answer.latency),
+            None => record(&mut open.ok, answer.latency),
             Some(why) => {
-                open.bad.saturating_record(answer.latency);
+                record(&mut open.bad, answer.latency);
                 *open.failed.entry(why.clone()).or_default() += 1;
             }
         }
@@ -245,14 +245,15 @@ impl Bins {
     }
 }
 
+/// Records into a histogram that grows; it does so for any number of microseconds that a clock can show.
+fn record(histogram: &mut Histogram<u64>, us: u64) {
+    histogram.record(us).expect("the histogram grows");
+}
+
 impl Open {
     fn new() -> Self {
-        // Three digits, from a microsecond to an hour: 20 KiB at first, grown as values come.
-        let histogram = || {
-            let mut h = Histogram::new(3).expect("three digits are within the bounds of hdrhistogram");
-            h.auto(true);
-            h
-        };
+        // Grows as values come.
+        let histogram = || Histogram::new(3).expect("three digits are within the bounds of hdrhistogram");
         let (ok, bad) = (histogram(), histogram());
         Self { due: 0, ended: 0, late: 0, dropped: 0, failed: BTreeMap::new(), ok, bad }
     }
