@@ -55,10 +55,10 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("unix://") {
-            return match path.starts_with('/') {
-                true => Ok(Self::Unix(path.into())),
-                false => Err("the path of a socket is absolute: unix:///run/squall/agent.sock".into()),
-            };
+            if !path.starts_with('/') {
+                return Err("the path of a socket is absolute: unix:///run/squall/agent.sock".into());
+            }
+            return Ok(Self::Unix(path.into()));
         }
         let expected = "expected unix:///run/squall/agent.sock or http://127.0.0.1:7400";
         if text.starts_with("https://") {
@@ -340,12 +340,6 @@ impl Agents {
         Ok(Self { list, local: None })
     }
 
-    /// Agents that are there already.
-    #[cfg(test)]
-    pub(crate) fn of(list: Vec<Agent>) -> Self {
-        Self { list, local: None }
-    }
-
     async fn local(local: Local) -> Result<Self> {
         let socket = path_from_env("SQUALL_SOCKET", "/run/squall/agent.sock");
         let address = Address::Unix(socket.clone());
@@ -433,12 +427,12 @@ impl LocalAgent {
 
     fn log(&self) -> String {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        log.iter().map(|line| format!("{line}\n")).collect()
+        lines(log.iter(), "")
     }
 
     fn tail(&self) -> String {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        log.iter().skip(log.len().saturating_sub(8)).map(|line| format!("  {line}\n")).collect()
+        lines(log.iter().skip(log.len().saturating_sub(8)), "  ")
     }
 
     async fn stop(mut self) -> Result<()> {
@@ -456,6 +450,10 @@ impl LocalAgent {
             }
         }
     }
+}
+
+fn lines<'l>(log: impl Iterator<Item = &'l String>, indent: &str) -> String {
+    log.fold(String::new(), |text, line| text + indent + line + "\n")
 }
 
 async fn keep_log(reader: impl AsyncBufReadExt + Unpin, log: Arc<Mutex<VecDeque<String>>>) {

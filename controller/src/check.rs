@@ -150,8 +150,7 @@ pub(crate) async fn check(common: &Common, path: &Path) -> Result<u8> {
         }
         return Ok(exit::OK);
     }
-    let problems: String = problems.iter().map(|p| format!("\n  {p}")).collect();
-    Err(Wrong(format!("{}: nothing was injected{problems}", path.display())).into())
+    Err(Wrong(format!("{}: nothing was injected\n  {}", path.display(), problems.join("\n  "))).into())
 }
 
 fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {

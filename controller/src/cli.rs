@@ -50,8 +50,8 @@ pub(crate) struct Cli {
 /// What every command takes.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// An agent: unix:///run/squall/agent.sock or http://127.0.0.1:7400 (loopback only). Repeatable; without it
-    /// the agent of this host is used, and where none runs, one is started for this command
+    /// An agent: `unix:///run/squall/agent.sock` or `http://127.0.0.1:7400` (loopback only). Repeatable; without
+    /// it the agent of this host is used, and where none runs, one is started for this command
     #[arg(
         long = "agents",
         value_name = "ADDRESS",
@@ -117,7 +117,7 @@ pub(crate) enum Command {
     },
     /// Inject one fault by hand
     #[command(subcommand)]
-    Inject(Inject),
+    Inject(Box<Inject>),
     /// Injections that agents hold, and what they measurably do
     Status,
     /// End injections and wait until the hosts are as before
@@ -206,7 +206,7 @@ pub(crate) struct TargetArgs {
 pub(crate) struct InjectNetwork {
     #[command(flatten)]
     pub common: What,
-    /// The far side: 10.0.0.7/32:6379/tcp, [fd00::/64]:6379, *:53/udp. Repeatable; without it every packet
+    /// The far side: `10.0.0.7/32:6379/tcp`, `[fd00::/64]:6379`, `*:53/udp`. Repeatable; without it every packet
     #[arg(long, value_name = "ADDRESS", value_parser = parse_peer)]
     pub to: Vec<(String, Peer)>,
     /// Packets that leave the target, arrive at it, or both
@@ -359,7 +359,7 @@ mod tests {
     fn inject(line: &str) -> Inject {
         let cli = Cli::try_parse_from(line.split(' ')).expect("valid");
         let Command::Inject(inject) = cli.command else { panic!("not inject") };
-        inject
+        *inject
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn node_json(agent: &Agent) -> Value {
 
 fn node_text(agent: &Agent) -> String {
     let about = &agent.about;
-    let mut text = format!(
+    let text = format!(
         "{}  kernel {}  cgroup {}  agent {}  {}\n",
         about.node, about.kernel, about.cgroup, about.agent_version, agent.address
     );
@@ -80,8 +80,7 @@ fn node_text(agent: &Agent) -> String {
             table.add_row([name, works(feature.available).into(), how.clone()]);
         }
     }
-    text += &format!("{table}\n");
-    text
+    text + &table.to_string() + "\n"
 }
 
 fn works(available: bool) -> &'static str {
@@ -115,7 +114,7 @@ pub(crate) async fn status(common: &Common) -> Result<u8> {
     match common.output {
         Output::Json => print_json(&found.iter().map(|(node, i)| injection_json(node, i)).collect()),
         Output::Text if found.is_empty() => {
-            out(&format!("no injections on {}\n", several(agents.list.len(), "node")))
+            out(&format!("no injections on {}\n", several(agents.list.len(), "node")));
         }
         Output::Text => {
             let mut table = table();

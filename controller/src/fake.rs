@@ -17,6 +17,7 @@ use crate::agents::{Address, Agent};
 
 /// How it behaves, and what it was asked.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "switches that tests turn on one by one")]
 pub(crate) struct Behaviour {
     /// Nothing matches any selector.
     pub(crate) nothing_matches: bool,
@@ -111,9 +112,12 @@ impl Service {
 impl v1::agent_server::Agent for Service {
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Reply<v1::DescribeResponse> {
         let nothing = self.called("describe")?.nothing_matches;
-        let resolved = |_| match nothing {
-            true => v1::Resolved { targets: vec![], error: "no process has exe web: 0 of 12".into() },
-            false => v1::Resolved { targets: vec![Self::resolved()], error: String::new() },
+        let resolved = |_| {
+            if nothing {
+                v1::Resolved { targets: vec![], error: "no process has exe web: 0 of 12".into() }
+            } else {
+                v1::Resolved { targets: vec![Self::resolved()], error: String::new() }
+            }
         };
         Ok(Response::new(v1::DescribeResponse {
             node: self.node.clone(),
@@ -209,11 +213,10 @@ impl v1::agent_server::Agent for Service {
             async move {
                 sleep(Duration::from_millis(100)).await;
                 let behaviour = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                let look: Vec<Result<v1::Injection, Status>> = match behaviour.lost {
-                    true => vec![Err(gone())],
-                    false => {
-                        ids.iter().filter_map(|id| behaviour.injections.get(id)).cloned().map(Ok).collect()
-                    }
+                let look: Vec<Result<v1::Injection, Status>> = if behaviour.lost {
+                    vec![Err(gone())]
+                } else {
+                    ids.iter().filter_map(|id| behaviour.injections.get(id)).cloned().map(Ok).collect()
                 };
                 Some((stream::iter(look), ()))
             }

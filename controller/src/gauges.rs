@@ -75,7 +75,9 @@ impl Gauges {
                     events.push(What::Gauge { probe: probe.clone(), value: values.iter().sum() });
                 }
             }
-            nodes.values_mut().for_each(|n| n.fresh = false);
+            for node in nodes.values_mut() {
+                node.fresh = false;
+            }
         }
         events
     }

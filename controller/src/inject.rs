@@ -226,7 +226,7 @@ fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach:
     let lease =
         if detach { String::new() } else { format!(" ({} after this command dies)", time(order.lease)) };
     out(&format!("ends by itself  in {}{at}{lease}\n", time(order.duration)));
-    let named: String = common.agents.iter().map(|a| format!(" --agents {a}")).collect();
+    let named = common.agents.iter().fold(String::new(), |text, a| text + " --agents " + &a.to_string());
     let or = if detach { "" } else { ", or Ctrl-C" };
     out(&format!("end it now      squall{named} revert {}{or}\n", order.id));
 }

@@ -53,6 +53,13 @@ impl Log {
         progress.apply(&event, run);
     }
 
+    /// Several things happened now.
+    pub(crate) fn record_all(&self, all: impl IntoIterator<Item = What>) {
+        for what in all {
+            self.record(what);
+        }
+    }
+
     /// A note for people.
     pub(crate) fn note(&self, text: impl Into<String>) {
         self.record(What::Note { text: text.into() });

@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         print(panic);
     }));
     let code = std::panic::catch_unwind(|| {
-        command(cli).unwrap_or_else(|e| {
+        command(&cli).unwrap_or_else(|e| {
             let text = format!("{e:#}");
             let _ = writeln!(std::io::stderr(), "squall: {}", text.trim_end());
             wrong::exit_code(&e)
@@ -73,7 +73,7 @@ fn main() -> ExitCode {
     .into()
 }
 
-fn command(cli: Cli) -> Result<u8> {
+fn command(cli: &Cli) -> Result<u8> {
     if let Command::ExitCodes = cli.command {
         commands::out(&format!("{}\n", cli::EXIT_CODES));
         return Ok(exit::OK);

@@ -110,7 +110,7 @@ pub(crate) enum Protocol {
     Tcp,
     /// UDP.
     Udp,
-    /// ICMP and ICMPv6.
+    /// ICMP and `ICMPv6`.
     Icmp,
 }
 

@@ -190,9 +190,8 @@ pub(crate) async fn run(
 /// Which leases end when.
 fn leases(context: &Context, tracker: &Tracker) -> String {
     let ends = context.clock.now() + crate::faults::LEASE.as_secs_f64();
-    let tracked = tracker.lock();
-    let lines: Vec<String> = tracked
-        .held
+    let held = tracker.lock().held.clone();
+    let lines: Vec<String> = held
         .by_agent()
         .iter()
         .flat_map(|(agent, ids)| ids.iter().map(|id| format!("{id} on {}", context.agents[*agent].node)))
@@ -335,11 +334,11 @@ async fn renew(context: &Context, tracker: &Tracker) -> Result<(), CallError> {
     loop {
         ticks.tick().await;
         let held = {
-            let tracked = tracker.lock();
-            if tracked.reverting.is_some() {
+            let known = tracker.lock();
+            if known.reverting.is_some() {
                 return Ok(());
             }
-            tracked.held.clone()
+            known.held.clone()
         };
         // What is gone says why through its watcher.
         held.renew(&context.agents).await?;
@@ -352,9 +351,9 @@ async fn take_back(context: &Context, tracker: &Tracker) -> Result<(), Stopped> 
     let mut stuck = Vec::new();
     for attempt in 1..=REVERT_TRIES {
         let held = {
-            let mut tracked = tracker.lock();
-            tracked.reverting.get_or_insert(context.clock.now());
-            tracked.held.clone()
+            let mut known = tracker.lock();
+            known.reverting.get_or_insert(context.clock.now());
+            known.held.clone()
         };
         if held.len() == 0 {
             return Ok(());

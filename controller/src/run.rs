@@ -28,7 +28,7 @@ use crate::{
     gauges::Gauges,
     log::Log,
     outline,
-    plan::{Plan, Probe},
+    plan::Probe,
     probe,
     progress::Progress,
     report,
@@ -69,7 +69,7 @@ pub(crate) async fn run(common: &Common, path: &Path, signals: watch::Receiver<A
         Err(stopped) => (Err(stopped), None),
     };
     let ended = stop_agents(&log, agents, ended).await;
-    conclude(common, &log, ended)
+    conclude(common, &log, &ended)
 }
 
 /// An error of connecting as a reason to stop: what would be exit 4 for any command is it for a run too.
@@ -104,12 +104,12 @@ async fn stop_agents(log: &Log, agents: Option<Agents>, ended: Ended) -> Ended {
 }
 
 /// Last events, reports, and the exit code.
-fn conclude(common: &Common, log: &Log, ended: Ended) -> Result<u8> {
+fn conclude(common: &Common, log: &Log, ended: &Ended) -> Result<u8> {
     let (injected, reverted) = log
         .with(|run| (run.injections.len(), run.injections.iter().filter(|i| i.reverted.is_some()).count()));
     log.record(What::HostState { injected, reverted });
     let tally = format!("{reverted} of {injected} reverted");
-    let (verdict, reason, code) = match &ended {
+    let (verdict, reason, code) = match ended {
         Ok((verdict, reason)) => (*verdict, reason.clone(), verdict.exit_code()),
         Err(stopped @ (Stopped::Person | Stopped::Lost(_) | Stopped::Stuck(_))) => {
             (Verdict::Aborted, format!("{stopped}; {tally}"), exit::ABORTED)
@@ -255,7 +255,7 @@ fn sample(context: &Arc<Context>, checked: &check::Checked, beside: &mut JoinSet
                 }
                 let failed =
                     gauges.lock().unwrap_or_else(PoisonError::into_inner).failed(&name, &error.to_string());
-                failed.into_iter().for_each(|what| context.log.record(what));
+                context.log.record_all(failed);
                 sleep(Duration::from_secs(1)).await;
             }
         });
@@ -279,7 +279,7 @@ async fn sample_once(
             Ok(Some(sample)) => {
                 let events =
                     gauges.lock().unwrap_or_else(PoisonError::into_inner).take(name, &agent.node, &sample);
-                events.into_iter().for_each(|what| context.log.record(what));
+                context.log.record_all(events);
             }
             Ok(None) => {
                 return CallError::Lost { node: agent.node.clone(), message: "it closed its stream".into() };

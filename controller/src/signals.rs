@@ -40,6 +40,6 @@ pub(crate) fn follow() -> std::io::Result<watch::Receiver<Asked>> {
 /// Waits until at least this much was asked for. Without anybody to ask it waits for ever.
 pub(crate) async fn asked(signals: &mut watch::Receiver<Asked>, least: Asked) {
     if signals.wait_for(|asked| *asked >= least).await.is_err() {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }

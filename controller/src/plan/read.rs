@@ -356,10 +356,8 @@ fn json_check(at: &At<'_>) -> Option<JsonCheck> {
     match at.one_of("check", &["minItems", "equals", "exists"])? {
         ("minItems", at) => at.int("a number of items").map(JsonCheck::MinItems),
         ("equals", at) => Some(JsonCheck::Equals(at.json())),
-        (_, at) => match at.bool()? {
-            true => Some(JsonCheck::Exists),
-            false => at.refuse("`exists: false` is not known", "write exists: true, or equals: null"),
-        },
+        (_, at) if at.bool()? => Some(JsonCheck::Exists),
+        (_, at) => at.refuse("`exists: false` is not known", "write exists: true, or equals: null"),
     }
 }
 

@@ -50,7 +50,7 @@ fn reads_the_plan_of_the_design() {
     assert_eq!((load.rate, load.expect.within), (200.0, Duration::from_secs(2)));
     assert_eq!(load.expect.json[0].0.steps, [JsonStep::Key("items".into())]);
     let round = &plan.rounds[0];
-    assert_eq!((round.baseline, round.hold), (Duration::from_secs(30), Duration::from_secs(60)));
+    assert_eq!((round.baseline, round.hold), (Duration::from_secs(30), Duration::from_mins(1)));
     assert!(round.recovery >= Duration::from_secs(47));
     assert_eq!(round.faults[0].summary, "network recommender ↔ redis: delay 2s ±300ms, loss 5%");
     assert_eq!(round.faults[1].summary, "cpu recommender: load 90%");

@@ -137,11 +137,11 @@ pub(super) struct Problem {
 
 /// Everything that is wrong with a plan, ready to print: all of it at once, each with its line and a caret.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Invalid {
+pub(crate) struct Invalid {
     /// One paragraph per problem.
-    pub text: String,
+    pub(crate) text: String,
     /// How many there are.
-    pub count: usize,
+    pub(crate) count: usize,
 }
 
 impl fmt::Display for Invalid {
@@ -154,7 +154,7 @@ impl std::error::Error for Invalid {}
 
 impl Invalid {
     fn new(file: &Path, source: &str, mut problems: Vec<Problem>) -> Self {
-        problems.sort_by(|a, b| (a.line, a.column).cmp(&(b.line, b.column)));
+        problems.sort_by_key(|p| (p.line, p.column));
         problems.dedup();
         let lines: Vec<&str> = source.lines().collect();
         let text: Vec<String> = problems.iter().map(|p| p.render(file, &lines)).collect();
@@ -169,9 +169,9 @@ impl Problem {
     fn render(&self, file: &Path, lines: &[&str]) -> String {
         let Self { line, column, width, path, message, fix } = self;
         let path = if path.is_empty() { String::new() } else { format!("{path}: ") };
-        let mut text = format!("{}:{line}:{column}: {path}{message}\n", file.display());
+        let head = format!("{}:{line}:{column}: {path}{message}\n", file.display());
         let source = line.checked_sub(1).and_then(|i| lines.get(i));
-        if let Some(source) = source {
+        let body = if let Some(source) = source {
             let number = line.to_string();
             let margin = " ".repeat(number.len());
             let rest = source.chars().count().saturating_sub(column - 1).max(1);
@@ -179,11 +179,11 @@ impl Problem {
             let indent: String =
                 source.chars().take(column - 1).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
             let caret = "^".repeat((*width).clamp(1, rest));
-            text += &format!(" {margin} |\n {number} | {source}\n {margin} | {indent}{caret} {fix}\n");
+            format!(" {margin} |\n {number} | {source}\n {margin} | {indent}{caret} {fix}\n")
         } else {
-            text += &format!(" {fix}\n");
-        }
-        text
+            format!(" {fix}\n")
+        };
+        head + &body
     }
 }
 
@@ -217,7 +217,7 @@ impl<'a> Source<'a> {
 
     /// The tree's root, for reading.
     pub(super) fn root<'s>(&'s self, node: &'s Spanned<Value>) -> At<'s> {
-        At { source: self, path: String::new(), at: node.referenced, value: &node.value }
+        At { source: self, path: String::new(), place: node.referenced, value: &node.value }
     }
 
     pub(super) fn has_problems(&self) -> bool {
@@ -242,14 +242,14 @@ pub(super) struct At<'a> {
     source: &'a Source<'a>,
     /// `rounds[0].gates[1].errors.max`.
     pub(super) path: String,
-    at: Location,
+    place: Location,
     pub(super) value: &'a Value,
 }
 
 impl<'a> At<'a> {
     /// Notes a problem here.
     pub(super) fn problem(&self, message: impl Into<String>, fix: impl Into<String>) {
-        self.source.problem(self.at, self.path.clone(), message.into(), fix.into());
+        self.source.problem(self.place, self.path.clone(), message.into(), fix.into());
     }
 
     /// Notes a problem and gives nothing.
@@ -317,7 +317,7 @@ impl<'a> At<'a> {
         let item = |(i, item): (usize, &'a Spanned<Value>)| At {
             source: self.source,
             path: format!("{}[{i}]", self.path),
-            at: item.referenced,
+            place: item.referenced,
             value: &item.value,
         };
         Some(items.iter().enumerate().map(item).collect())
@@ -330,7 +330,7 @@ impl<'a> At<'a> {
         for (key, value) in entries {
             let child = self.child(&key.value, value);
             if named.iter().any(|(name, _)| *name == key.value) {
-                let at = At { at: key.referenced, ..child };
+                let at = At { place: key.referenced, ..child };
                 at.problem(format!("`{}` is here twice", key.value), "give each a name of its own");
             } else {
                 named.push((key.value.clone(), child));
@@ -358,7 +358,7 @@ impl<'a> At<'a> {
         if let Some(kind) = kinds.iter().find(|k| **k == key.value) {
             return Some((kind, self.child(kind, value)));
         }
-        let at = At { at: key.referenced, ..self.child(&key.value, value) };
+        let at = At { place: key.referenced, ..self.child(&key.value, value) };
         let fix = did_you_mean(&key.value, kinds.iter().copied())
             .unwrap_or_else(|| format!("expected one of {kinds_listed}"));
         at.refuse(format!("there is no {what} `{}`", key.value), fix)
@@ -366,7 +366,7 @@ impl<'a> At<'a> {
 
     fn child(&self, key: &str, value: &'a Spanned<Value>) -> At<'a> {
         let path = if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) };
-        At { source: self.source, path, at: value.referenced, value: &value.value }
+        At { source: self.source, path, place: value.referenced, value: &value.value }
     }
 }
 
@@ -411,8 +411,8 @@ impl<'a> Fields<'a> {
     /// Notes every field that nobody asked for, and every one that is there twice.
     pub(super) fn finish(self) {
         for (i, (key, value)) in self.entries.iter().enumerate() {
-            let at = At { at: key.referenced, ..self.map.child(&key.value, value) };
-            if !self.known.iter().any(|k| *k == key.value) {
+            let at = At { place: key.referenced, ..self.map.child(&key.value, value) };
+            if !self.known.contains(&key.value) {
                 let known = self.known.iter().map(String::as_str);
                 let fix = did_you_mean(&key.value, known)
                     .unwrap_or_else(|| format!("known here: {}", self.known.join(", ")));

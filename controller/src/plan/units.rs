@@ -151,11 +151,11 @@ pub(crate) fn protocol(text: &str) -> Result<Protocol, Wrong> {
 pub(crate) fn address(text: &str) -> Result<Address, Wrong> {
     let fix = "expected CIDR[:PORT][/PROTOCOL]: 10.0.0.7/32:6379/tcp, [fd00::/64]:6379, *:53/udp";
     let full = text.trim();
-    let (rest, protocol) = match full.rsplit_once('/') {
+    let (rest, of) = match full.rsplit_once('/') {
         Some((rest, last))
             if last.starts_with(|c: char| c.is_ascii_alphabetic()) && !last.contains([':', ']']) =>
         {
-            (rest, self::protocol(last)?)
+            (rest, protocol(last)?)
         }
         _ => (full, Protocol::Any),
     };
@@ -174,7 +174,7 @@ pub(crate) fn address(text: &str) -> Result<Address, Wrong> {
         host => vec![cidr(host).or_else(|_| wrong(format!("`{full}` is no address"), fix))?],
     };
     let ports = port.map(ports).transpose()?.into_iter().collect();
-    Ok(Address { cidrs, ports, local_ports: vec![], protocol })
+    Ok(Address { cidrs, ports, local_ports: vec![], protocol: of })
 }
 
 /// The percentile that a key such as `p95` or `p99.9` names, as a ratio.
