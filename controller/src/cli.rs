@@ -151,6 +151,10 @@ pub(crate) enum Format {
     Html,
     /// For machines
     Json,
+    /// For CI servers: a suite for each round, a case for each gate
+    Junit,
+    /// For comments and job summaries
+    Md,
 }
 
 /// Kinds of fault.

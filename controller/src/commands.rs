@@ -266,6 +266,8 @@ pub(crate) fn report(common: &Common, run: &str, format: Option<Format>) -> Resu
         }
         Some(Format::Html) => out(&report::html(&store::read(&dir)?)?),
         Some(Format::Json) => print_json(&report::json(&store::read(&dir)?)),
+        Some(Format::Junit) => out(&report::junit(&store::read(&dir)?)),
+        Some(Format::Md) => out(&report::markdown(&store::read(&dir)?)),
     }
     Ok(exit::OK)
 }

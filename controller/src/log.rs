@@ -76,6 +76,12 @@ impl Log {
         use_it(&inner.store, &inner.run)
     }
 
+    /// Lets the progress display look at the clock.
+    pub(crate) fn tick(&self) {
+        let Inner { run, progress, .. } = &mut *self.lock();
+        progress.tick(run);
+    }
+
     /// Ends the progress display.
     pub(crate) fn finish(&self) {
         self.lock().progress.finish();

@@ -268,4 +268,17 @@ mod tests {
         assert_eq!(events, sample::events());
         assert_eq!(written(ProgressMode::None, Some(|| (80, 24))), "");
     }
+    #[test]
+    #[ignore = "plays the sample on this terminal, to look at"]
+    fn look() {
+        let mut progress = Progress::new(ProgressMode::Auto);
+        let mut run = Run::default();
+        for event in sample::events() {
+            let wait = (event.at - run.now).max(0.0) / 15.0;
+            std::thread::sleep(std::time::Duration::from_secs_f64(wait));
+            run.apply(&event);
+            progress.apply(&event, &run);
+            progress.tick(&run);
+        }
+    }
 }

@@ -38,6 +38,9 @@ use crate::{
     wrong,
 };
 
+/// Time between two looks of the progress display at the clock.
+const TICK: Duration = Duration::from_millis(200);
+
 /// Load runs this long before the first baseline, so that it does not see connections being made.
 const WARM_UP: Duration = Duration::from_secs(2);
 
@@ -51,6 +54,7 @@ pub(crate) async fn run(common: &Common, path: &Path, signals: watch::Receiver<A
     let id = store.id.clone();
     let log = Arc::new(Log::new(clock, store, Progress::new(common.progress)));
     log.record(outline::run_started(&plan, &id, started, seed));
+    let ticking = tokio::spawn(tick(Arc::clone(&log)));
 
     let (trouble, troubles) = mpsc::unbounded_channel();
     let mut guard = Guard { signals, trouble: troubles };
@@ -69,7 +73,16 @@ pub(crate) async fn run(common: &Common, path: &Path, signals: watch::Receiver<A
         Err(stopped) => (Err(stopped), None),
     };
     let ended = stop_agents(&log, agents, ended).await;
+    ticking.abort();
     conclude(common, &log, &ended)
+}
+
+/// Keeps the progress display going between events.
+async fn tick(log: Arc<Log>) {
+    loop {
+        sleep(TICK).await;
+        log.tick();
+    }
 }
 
 /// An error of connecting as a reason to stop: what would be exit 4 for any command is it for a run too.

@@ -1,4 +1,4 @@
-//! Runs on disk: `runs/<id>/{plan.yaml, events.jsonl, report.html, report.json, agent.log}`.
+//! Runs on disk: `runs/<id>/{plan.yaml, events.jsonl, report.html, report.json, report.junit.xml, report.md, agent.log}`.
 
 use std::{
     fs::{self, File},
@@ -67,7 +67,13 @@ impl Store {
 
 fn write_reports(dir: &Path, run: &Run) -> Result<PathBuf> {
     let json = format!("{:#}\n", report::json(run));
-    for (name, text) in [("report.json", json), ("report.html", report::html(run)?)] {
+    let reports = [
+        ("report.json", json),
+        ("report.junit.xml", report::junit(run)),
+        ("report.md", report::markdown(run)),
+        ("report.html", report::html(run)?),
+    ];
+    for (name, text) in reports {
         // A reader never sees half a report.
         let (path, draft) = (dir.join(name), dir.join(format!(".{name}")));
         fs::write(&draft, text)

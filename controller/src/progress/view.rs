@@ -2,7 +2,7 @@
 
 use super::plain::{length, phase, phase_name};
 use crate::{
-    event::{Phase, Verdict},
+    event::{Figure, Phase, Verdict},
     fold::{Injected, Round, Run},
     report::{Paint, Sign, Tally, figure, outcome_sign, series, state, verdict_sign},
 };
@@ -39,7 +39,7 @@ impl Line {
 
     /// Cut to a width.
     pub(super) fn render(&self, width: usize, paint: Paint) -> String {
-        let mut room = width;
+        let mut room = if self.width() > width { width - 1 } else { width };
         let mut out = String::new();
         for (tone, text) in &self.0 {
             let safe = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c });
@@ -51,6 +51,9 @@ impl Line {
                 "bold" => paint.strong("", &cut),
                 tone => paint.tone(tone, &cut),
             });
+        }
+        if self.width() > width {
+            out.push('…');
         }
         out
     }
@@ -184,7 +187,7 @@ fn effect(injected: &Injected, now: f64) -> Line {
     let sign = live_state(injected, now);
     let line = Line::of("", format!("  {} {}", injection.node, injection.resolved)).to(34).and("", "  ");
     let line = line.and(sign.tone, format!("{} {}", sign.glyph, sign.word)).to(46).and("", "  ");
-    let mut parts: Vec<String> = injected.figures.iter().map(figure::effect).collect();
+    let mut parts = Vec::new();
     match (&injected.stuck, &injected.reverted) {
         (Some(why), _) => parts.push(why.clone()),
         (None, Some((_, took, _))) => parts.push(format!("in {}", figure::seconds(*took))),
@@ -192,10 +195,19 @@ fn effect(injected: &Injected, now: f64) -> Line {
             if sign.word == "IDLE" {
                 parts.push(format!("touched nothing for {}", figure::span((now - injected.at).floor())));
             }
-            parts.push(format!("ends by itself in {}", figure::span((injection.ends - now).max(0.0).ceil())));
+            parts.push(format!("ends in {}", figure::span((injection.ends - now).max(0.0).ceil())));
         }
     }
+    parts.extend(injected.figures.iter().map(brief));
     line.and("", parts.join(" · "))
+}
+
+/// A measure in few letters: `1 204 dropped`.
+fn brief(figure: &Figure) -> String {
+    match figure.unit.as_str() {
+        "packets" => format!("{} {}", figure::count(figure.value), figure.name.replace('_', " ")),
+        _ => figure::effect(figure),
+    }
 }
 
 /// Room of the columns of the probes: name, baseline, now, limit.
@@ -221,7 +233,7 @@ fn probes(run: &Run, round: &Round, now: f64, width: usize) -> Vec<Line> {
         let limit = limit(round, &track);
         let past = matches!((&limit, last), (Some((at, _)), Some((_, value))) if value > at);
         let tone = if past || missed { "bad" } else { "" };
-        let sign = if missed || past { "!" } else { " " };
+        let sign = if missed || past { " !" } else { "  " };
         let name: String = track.name.chars().take(COLUMNS[0] - 3).collect();
         let line = Line::of("", format!("  {name}")).to(COLUMNS[0]);
         let line = line.and("dim", right(&before, 1)).and(tone, format!("{}{sign}", right(&value, 2)));
@@ -233,7 +245,7 @@ fn probes(run: &Run, round: &Round, now: f64, width: usize) -> Vec<Line> {
         return lines;
     }
     let head = Line::of("bold", format!("{:width$}", "PROBES", width = COLUMNS[0]))
-        .and("dim", format!("{}{} {}", right("baseline", 1), right("now", 2), right("limit", 3)));
+        .and("dim", format!("{}{}  {}", right("baseline", 1), right("now", 2), right("limit", 3)));
     lines.insert(0, head);
     lines
 }

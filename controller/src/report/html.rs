@@ -11,6 +11,7 @@ use super::{
 use crate::{
     event::{Finding, Outcome, Phase},
     fold::{Injected, Round, Run},
+    stats,
 };
 
 const PHASES: [(Phase, &str); 3] =
@@ -40,6 +41,8 @@ pub(crate) fn html(run: &Run) -> anyhow::Result<String> {
         injections: run.injections.iter().map(|injected| InjectionRow::of(run, injected)).collect(),
         bites: bites(run),
         host_state: host_state(run),
+        alpha_pass: figure::limit(stats::ALPHA_PASS, "ratio"),
+        alpha_block: figure::limit(stats::ALPHA_BLOCK, "ratio"),
         methods: methods(run),
         notes: run.notes.iter().map(|(at, text)| (figure::clock(*at), text.as_str())).collect(),
         probes: run
@@ -70,6 +73,8 @@ struct Page<'a> {
     injections: Vec<InjectionRow>,
     bites: Vec<String>,
     host_state: String,
+    alpha_pass: String,
+    alpha_block: String,
     methods: Vec<[String; 5]>,
     notes: Vec<(String, &'a str)>,
     probes: Vec<[String; 3]>,

@@ -4,6 +4,8 @@ mod chart;
 pub(crate) mod figure;
 mod html;
 mod json;
+mod junit;
+mod markdown;
 pub(crate) mod series;
 mod text;
 
@@ -12,6 +14,8 @@ pub(crate) mod sample;
 
 pub(crate) use html::html;
 pub(crate) use json::json;
+pub(crate) use junit::junit;
+pub(crate) use markdown::markdown;
 pub(crate) use text::{evidence, verdict_text};
 
 use crate::{

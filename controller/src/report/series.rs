@@ -274,14 +274,11 @@ fn kills(run: &Run, gate: &GateOutline) -> Track {
 /// Memory and CPU of the targets.
 fn targets(run: &Run) -> Vec<Track> {
     let mut tracks = Vec::new();
+    let nodes: BTreeSet<&str> = run.targets.keys().map(|(_, node)| node.as_str()).collect();
     for ((target, node), samples) in &run.targets {
+        let target = if nodes.len() > 1 { format!("{target} on {node}") } else { target.clone() };
         let memory: Vec<_> = samples.iter().map(|(at, s)| (*at, charged(s) as f64)).collect();
-        let mut track = Track::new(
-            format!("{target} memory"),
-            &format!("charged to its cgroup on {node}"),
-            "bytes",
-            memory,
-        );
+        let mut track = Track::new(format!("{target} memory"), "charged to its cgroup", "bytes", memory);
         if let Some((at, first)) = samples.iter().find(|(_, s)| s.cgroup_memory_limit > 0) {
             let end = samples.last().map_or(*at, |(at, _)| *at);
             let value = first.cgroup_memory_limit as f64;
@@ -294,8 +291,7 @@ fn targets(run: &Run) -> Vec<Track> {
             let comparable = a.generation == b.generation && b.cpu >= a.cpu && t1 > t0;
             comparable.then(|| (*t1, (b.cpu - a.cpu) / (t1 - t0)))
         });
-        let about = format!("CPUs used by its processes on {node}");
-        tracks.push(Track::new(format!("{target} CPU"), &about, "cpus", cpu.collect()));
+        tracks.push(Track::new(format!("{target} CPU"), "CPUs used by its processes", "cpus", cpu.collect()));
     }
     tracks
 }
