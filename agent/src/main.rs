@@ -109,7 +109,7 @@ fn metrics_address(text: &str) -> Result<MetricsAddress, String> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Some(Command::Stress(args)) = cli.command {
-        return stress::main(args);
+        return stress::main(&args);
     }
     start_log(cli.run.log);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();

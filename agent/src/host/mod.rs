@@ -2,10 +2,10 @@
 
 pub mod bpf;
 pub mod cgroup;
-pub mod netns;
-pub mod port;
 #[expect(unsafe_code, reason = "maps and locks memory")]
 pub mod memory;
+pub mod netns;
+pub mod port;
 #[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range")]
 pub mod proc;
 pub mod tap;

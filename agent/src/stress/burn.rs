@@ -119,7 +119,7 @@ mod tests {
         let burning = thread::spawn(move || {
             let started = now(ClockId::CLOCK_MONOTONIC);
             burn(&worker);
-            let elapsed = now(ClockId::CLOCK_MONOTONIC) - started;
+            let elapsed = now(ClockId::CLOCK_MONOTONIC).saturating_sub(started);
             now(ClockId::CLOCK_THREAD_CPUTIME_ID).as_secs_f64() / elapsed.as_secs_f64()
         });
         thread::sleep(Duration::from_secs(1));

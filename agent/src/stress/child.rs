@@ -27,8 +27,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Runs a stressor until its input ends, or its time is up.
 ///
 /// Called before anything else of the agent has started: no thread, no runtime, no open file.
-pub fn main(args: Args) -> ExitCode {
-    if let Err(error) = set_up(&args) {
+pub fn main(args: &Args) -> ExitCode {
+    if let Err(error) = set_up(args) {
         // Answers the first order, which is on its way; without a reader there is nobody to tell.
         let _nobody_reads = say(&Report { error: Some(format!("{error:#}")), ..Report::default() });
         return ExitCode::FAILURE;
@@ -129,11 +129,10 @@ impl Child {
             }
             Work::Memory { size, ramp_ns, spare } => {
                 let ramp = Duration::from_nanos(ramp_ns);
-                match &self.holder {
-                    Some(holder) => holder.change(size, ramp, spare),
-                    None => {
-                        self.holder = Some(Holder::start(size, ramp, spare).context("start to hold memory")?)
-                    }
+                if let Some(holder) = &self.holder {
+                    holder.change(size, ramp, spare);
+                } else {
+                    self.holder = Some(Holder::start(size, ramp, spare).context("start to hold memory")?);
                 }
             }
         }

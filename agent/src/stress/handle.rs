@@ -123,6 +123,7 @@ impl Stressor {
 
 /// The agent itself, also after its file was replaced.
 #[cfg(not(test))]
+#[expect(clippy::unnecessary_wraps, reason = "under test it can fail")]
 fn program() -> Result<PathBuf> {
     Ok("/proc/self/exe".into())
 }

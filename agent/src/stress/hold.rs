@@ -107,17 +107,16 @@ impl Shared {
                 Step::Wait => TICK,
                 Step::Done => TOUCH,
             };
-            let now = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut latest = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
             let version = wanted.version;
-            let now = if pause.is_zero() {
-                now
-            } else {
-                let waited = self.changed.wait_timeout_while(now, pause, |now| now.version == version);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            };
-            if now.version != version {
-                wanted = now.clone();
-                drop(now);
+            if !pause.is_zero() {
+                let same = |latest: &mut Wanted| latest.version == version;
+                let rested = self.changed.wait_timeout_while(latest, pause, same);
+                latest = rested.unwrap_or_else(PoisonError::into_inner).0;
+            }
+            if latest.version != version {
+                wanted = latest.clone();
+                drop(latest);
                 ramp = Ramp::start(&wanted, region.held());
             }
         }
@@ -137,7 +136,7 @@ fn leaves(spare: u64, bytes: u64) -> bool {
 #[derive(Debug)]
 struct Ramp {
     size: Size,
-    ramp: Duration,
+    length: Duration,
     started: Instant,
     from: u64,
     done: bool,
@@ -157,18 +156,18 @@ impl Ramp {
             Size::Held(_) => held,
             Size::Usage(gauge, _) => gauge.read().unwrap_or(0),
         };
-        let (size, ramp) = (wanted.size.clone(), wanted.ramp);
-        Self { size, ramp, started: Instant::now(), from, done: false }
+        let (size, length) = (wanted.size.clone(), wanted.ramp);
+        Self { size, length, started: Instant::now(), from, done: false }
     }
 
     fn step(&mut self, held: u64) -> Step {
         if self.done {
             return Step::Done;
         }
-        let along = if self.ramp.is_zero() {
+        let along = if self.length.is_zero() {
             1.0
         } else {
-            self.started.elapsed().div_duration_f64(self.ramp).min(1.0)
+            self.started.elapsed().div_duration_f64(self.length).min(1.0)
         };
         let step = match &self.size {
             Size::Held(bytes) => to_size(between(self.from, *bytes, along), held),
