@@ -1,25 +1,27 @@
 //! Agents, seen from here: how they are reached, started and asked.
 
 use std::{
-    collections::VecDeque,
     fmt,
+    fs::File,
     net::IpAddr,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Stdio,
     str::FromStr,
-    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::{Signal, kill},
+    },
     unistd::Pid,
 };
 use squall_proto::v1::{self, agent_client::AgentClient};
 use thiserror::Error;
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
     process::{Child, Command},
     time::{Instant, sleep, timeout},
 };
@@ -38,8 +40,6 @@ const REVERT: Duration = Duration::from_secs(30);
 const START: Duration = Duration::from_secs(30);
 /// A draining agent reverts what it holds.
 const DRAIN: Duration = Duration::from_secs(30);
-/// Lines of a local agent's log that are kept.
-const LOG_LINES: usize = 5000;
 
 /// Where an agent listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -355,6 +355,12 @@ impl Agents {
         Ok(Self { list: vec![agent], local: Some(child) })
     }
 
+    /// Whether a local agent was started.
+    #[must_use]
+    pub(crate) fn started(&self) -> bool {
+        self.local.is_some()
+    }
+
     /// The log of the local agent, if one was started.
     #[must_use]
     pub(crate) fn log(&self) -> Option<String> {
@@ -379,13 +385,15 @@ fn path_from_env(name: &str, default: &str) -> PathBuf {
 #[derive(Debug)]
 struct LocalAgent {
     child: Child,
-    log: Arc<Mutex<VecDeque<String>>>,
+    /// Its stderr: a file in memory. Unlike a pipe it can be written to after we were killed, while the agent drains.
+    log: File,
 }
 
 impl LocalAgent {
     async fn start(socket: &Path, state: &Path) -> Result<Self> {
         let executable = agent_executable()?;
-        let mut child = Command::new(&executable)
+        let log = File::from(memfd_create(c"squall-agent.log", MFdFlags::MFD_CLOEXEC)?);
+        let child = Command::new(&executable)
             .arg("--socket")
             .arg(socket)
             .arg("--state-dir")
@@ -395,22 +403,16 @@ impl LocalAgent {
             .args(["--metrics", "off"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            .stderr(log.try_clone()?)
             // Ctrl-C in the terminal is for us: we revert first, and stop the agent after.
             .process_group(0)
             .spawn()
             .with_context(|| format!("could not start {}", executable.display()))?;
-        let log = Arc::new(Mutex::new(VecDeque::new()));
-        if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(keep_log(BufReader::new(stderr), Arc::clone(&log)));
-        }
         let mut local = Self { child, log };
         let address = Address::Unix(socket.to_owned());
         let since = Instant::now();
         loop {
             if let Some(status) = local.child.try_wait()? {
-                // The last lines may still be on their way.
-                sleep(Duration::from_millis(100)).await;
                 bail!("{} ended at once ({status}):\n{}", executable.display(), local.tail());
             }
             if serving(&address).await.unwrap_or(false) {
@@ -426,13 +428,19 @@ impl LocalAgent {
     }
 
     fn log(&self) -> String {
-        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        lines(log.iter(), "")
+        let mut bytes = vec![0; self.log.metadata().map_or(0, |m| m.len() as usize)];
+        // The offset is the agent's, which goes on writing there.
+        match self.log.read_exact_at(&mut bytes, 0) {
+            Ok(()) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(e) => format!("the log cannot be read: {e}\n"),
+        }
     }
 
     fn tail(&self) -> String {
-        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        lines(log.iter().skip(log.len().saturating_sub(8)), "  ")
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        let last = lines.iter().skip(lines.len().saturating_sub(8));
+        last.fold(String::new(), |text, line| text + "  " + line + "\n")
     }
 
     async fn stop(mut self) -> Result<()> {
@@ -449,21 +457,6 @@ impl LocalAgent {
                 bail!("the local agent did not drain within {DRAIN:?} and was killed:\n{}", self.tail())
             }
         }
-    }
-}
-
-fn lines<'l>(log: impl Iterator<Item = &'l String>, indent: &str) -> String {
-    log.fold(String::new(), |text, line| text + indent + line + "\n")
-}
-
-async fn keep_log(reader: impl AsyncBufReadExt + Unpin, log: Arc<Mutex<VecDeque<String>>>) {
-    let mut lines = reader.lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
-        if log.len() == LOG_LINES {
-            log.pop_front();
-        }
-        log.push_back(line);
     }
 }
 

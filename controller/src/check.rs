@@ -12,7 +12,8 @@ use crate::{
     cli::{Common, Output, exit},
     commands::{out, print_json},
     faults::{Armed, LEASE, NotArmed, Order},
-    plan::{self, Plan, Target, fault::time},
+    gate,
+    plan::{self, Blame, Plan, Target, fault::time},
     report::figure::several,
     wrong::Wrong,
 };
@@ -101,24 +102,31 @@ pub(crate) async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64)
 
 impl Checked {
     /// Everything that stands in the way of a run; empty where nothing does.
-    pub(crate) fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<String> {
+    pub(crate) fn problems(&self, agents: &[Agent], plan: &Plan) -> Vec<Blame> {
         let mut problems = Vec::new();
         for (name, resolved) in &self.targets {
             if resolved.iter().all(|r| r.targets.is_empty()) {
                 let why: Vec<String> =
                     agents.iter().zip(resolved).map(|(a, r)| format!("{}: {}", a.node, r.error)).collect();
-                problems.push(format!("target `{name}` matches nothing: {}", why.join("; ")));
+                problems.push(Blame {
+                    path: format!("targets.{name}"),
+                    message: format!("target `{name}` matches nothing: {}", why.join("; ")),
+                    fix: "start it, or change what it is found by".into(),
+                });
             }
         }
-        for (round, faults) in plan.rounds.iter().zip(&self.faults) {
-            for (order, armed) in faults {
-                if let Err(e) = armed {
-                    let missing =
-                        problems.iter().any(|p| p.starts_with(&format!("target `{}` matches", order.on)));
-                    // Said once already.
-                    if !missing {
-                        problems.push(format!("round {}: {e}", round.name));
-                    }
+        for (round, faults) in self.faults.iter().enumerate() {
+            for (n, (order, armed)) in faults.iter().enumerate() {
+                let missing = format!("targets.{}", order.on);
+                if let Err(e) = armed
+                    // That is said once already.
+                    && problems.iter().all(|p| p.path != missing)
+                {
+                    problems.push(Blame {
+                        path: format!("rounds[{round}].faults[{n}].{}", plan.rounds[round].faults[n].kind()),
+                        message: e.to_string(),
+                        fix: "this cannot be injected".into(),
+                    });
                 }
             }
         }
@@ -128,7 +136,7 @@ impl Checked {
 
 /// `squall check`.
 pub(crate) async fn check(common: &Common, path: &Path) -> Result<u8> {
-    let (_, plan) = load(path)?;
+    let (text, plan) = load(path)?;
     let agents = Agents::connect(&common.agents, Local::Start).await?;
     let checked = dry_run(&plan, &agents.list, "check", plan.seed.unwrap_or(1)).await;
     let checked = match checked {
@@ -150,7 +158,7 @@ pub(crate) async fn check(common: &Common, path: &Path) -> Result<u8> {
         }
         return Ok(exit::OK);
     }
-    Err(Wrong(format!("{}: nothing was injected\n  {}", path.display(), problems.join("\n  "))).into())
+    Err(plan::blame(path, &text, &problems).into())
 }
 
 fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
@@ -174,7 +182,7 @@ fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
             }
         }
     }
-    for (round, faults) in plan.rounds.iter().zip(&checked.faults) {
+    for (index, (round, faults)) in plan.rounds.iter().zip(&checked.faults).enumerate() {
         let phases =
             [("baseline", round.baseline), ("fault", round.hold), ("recovery up to", round.recovery)];
         let phases: Vec<String> = phases.iter().map(|(name, d)| format!("{name} {}", time(*d))).collect();
@@ -182,7 +190,7 @@ fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
         for (order, armed) in faults {
             fault_text(&mut text, agents, order, armed);
         }
-        gates_text(&mut text, plan, Some(round));
+        gates_text(&mut text, plan, Some(index));
     }
     if !plan.gates.is_empty() {
         let _ = writeln!(text, "\nWHOLE RUN");
@@ -217,13 +225,24 @@ fn fault_text(text: &mut String, agents: &[Agent], order: &Order, armed: &Result
     }
 }
 
-fn gates_text(text: &mut String, plan: &Plan, round: Option<&plan::Round>) {
-    for gate in round.map_or(&plan.gates, |round| &round.gates) {
+fn gates_text(text: &mut String, plan: &Plan, round: Option<usize>) {
+    for gate in round.map_or(&plan.gates, |round| &plan.rounds[round].gates) {
         let _ = writeln!(text, "  gate   {}", gate.line());
+        for need in gate::needs(gate, plan, round) {
+            let mark = if need.enough() { "✔" } else { "!" };
+            let _ = writeln!(text, "           {mark} {}", need.text);
+        }
     }
 }
 
-fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[String]) -> Value {
+fn gate_json(gate: &plan::Gate, plan: &Plan, round: Option<usize>) -> Value {
+    let need =
+        |n: &gate::Need| json!({ "what": n.what, "needs": n.needs, "gives": n.gives, "enough": n.enough() });
+    let needs: Vec<Value> = gate::needs(gate, plan, round).iter().map(need).collect();
+    json!({ "gate": gate.line(), "samples": needs })
+}
+
+fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame]) -> Value {
     let resolved = |agent: &Agent, r: &v1::Resolved| {
         let names: Vec<&str> = r.targets.iter().map(|t| t.name.as_str()).collect();
         json!({ "node": agent.node, "matches": names, "error": (!r.error.is_empty()).then_some(&r.error) })
@@ -255,18 +274,23 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[String]
         .rounds
         .iter()
         .zip(&checked.faults)
-        .map(|(round, faults)| {
+        .enumerate()
+        .map(|(index, (round, faults))| {
             json!({
                 "name": round.name,
                 "baseline_seconds": round.baseline.as_secs_f64(),
                 "hold_seconds": round.hold.as_secs_f64(),
                 "recovery_seconds": round.recovery.as_secs_f64(),
                 "faults": faults.iter().map(fault).collect::<Vec<_>>(),
-                "gates": round.gates.iter().map(|g| json!({ "gate": g.line() })).collect::<Vec<_>>(),
+                "gates": round.gates.iter().map(|g| gate_json(g, plan, Some(index))).collect::<Vec<_>>(),
             })
         })
         .collect();
-    json!({ "plan": plan.name, "ok": problems.is_empty(), "problems": problems, "targets": targets, "rounds": rounds })
+    let gates: Vec<Value> = plan.gates.iter().map(|g| gate_json(g, plan, None)).collect();
+    let ok = problems.is_empty();
+    let problems: Vec<Value> =
+        problems.iter().map(|p| json!({ "field": p.path, "problem": p.message })).collect();
+    json!({ "plan": plan.name, "ok": ok, "problems": problems, "targets": targets, "rounds": rounds, "gates": gates })
 }
 
 #[cfg(test)]

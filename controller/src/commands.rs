@@ -99,6 +99,11 @@ pub(crate) fn out(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
+/// Prints to stderr. That the terminal went away is no reason to panic: there is still something to revert.
+pub(crate) fn err(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 /// Prints one JSON value to stdout.
 pub(crate) fn print_json(value: &Value) {
     out(&format!("{value:#}\n"));
@@ -194,6 +199,17 @@ pub(crate) fn measured(i: &v1::Injection) -> String {
     shown.join(", ")
 }
 
+/// Reverts everything an agent holds. Gives what was live before; of one that was just started also what its start
+/// took back.
+async fn everything(agent: &Agent, started: bool) -> Result<Vec<v1::Injection>, CallError> {
+    let ended = |i: &v1::Injection| matches!(i.state(), State::Reverted | State::Failed);
+    let before = agent.list().await?;
+    let old: Vec<&str> = before.iter().filter(|i| ended(i)).map(|i| i.id.as_str()).collect();
+    let mut reverted = agent.revert_all().await?;
+    reverted.retain(|i| started || !old.contains(&i.id.as_str()));
+    Ok(reverted)
+}
+
 /// `squall revert`.
 pub(crate) async fn revert(common: &Common, ids: &[String], all: bool) -> Result<u8> {
     // A start replays the journal, so even what a dead agent left can be reverted.
@@ -204,7 +220,7 @@ pub(crate) async fn revert(common: &Common, ids: &[String], all: bool) -> Result
     let mut lost = Vec::new();
     for agent in &agents.list {
         if all {
-            match agent.revert_all().await {
+            match everything(agent, agents.started()).await {
                 Ok(injections) => found.extend(injections.into_iter().map(|i| (agent.node.clone(), i))),
                 Err(e) => lost.push(e),
             }
@@ -262,7 +278,7 @@ pub(crate) fn report(common: &Common, run: &str, format: Option<Format>) -> Resu
                 Output::Json => print_json(&report::json(&run)),
                 Output::Text => out(&verdict_text(&run, Some(&path))),
             }
-            eprintln!("squall: wrote {}", path.display());
+            err(&format!("squall: wrote {}\n", path.display()));
         }
         Some(Format::Html) => out(&report::html(&store::read(&dir)?)?),
         Some(Format::Json) => print_json(&report::json(&store::read(&dir)?)),

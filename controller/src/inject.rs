@@ -14,7 +14,7 @@ use tokio::{
 use crate::{
     agents::{Agent, Agents, CallError, Local},
     cli::{Common, Inject, Output, exit},
-    commands::{injection_json, measured, out, state},
+    commands::{err, injection_json, measured, out, state},
     faults::{Armed, Held, LEASE, Order, RENEW_EVERY, left, new_id},
     plan::fault::time,
     report::figure::several,
@@ -156,7 +156,7 @@ async fn finish(
     let taken = tokio::select! {
         taken = all.revert(agents) => taken,
         () = asked(signals, Asked::Leave) => {
-            eprintln!("left; what is not reverted yet ends by itself within {}", time(order.lease));
+            err(&format!("left; what is not reverted yet ends by itself within {}\n", time(order.lease)));
             return Ok(exit::ABORTED);
         }
     };
@@ -177,22 +177,22 @@ async fn finish(
     }
     for (agent, ids, why) in &taken.unasked {
         let node = &agents[*agent].node;
-        eprintln!(
-            "! {node}: {} could not be reverted ({why}); it ends by itself within {}",
+        err(&format!(
+            "! {node}: {} could not be reverted ({why}); it ends by itself within {}\n",
             ids.join(", "),
             time(order.lease)
-        );
+        ));
     }
     match over {
         Over::Lost(e) => Err(e.into()),
         _ if reverted < fired.len() => Ok(exit::OURS),
         Over::Person => Ok(exit::ABORTED),
         Over::Early => {
-            eprintln!("! it ended before its time");
+            err("! it ended before its time\n");
             Ok(exit::INCONCLUSIVE)
         }
         Over::Time if !bit => {
-            eprintln!("! it never touched its target: nothing of what it matches came by");
+            err("! it never touched its target: nothing of what it matches came by\n");
             Ok(exit::INCONCLUSIVE)
         }
         Over::Time => Ok(exit::OK),

@@ -6,6 +6,33 @@ use squall_proto::v1;
 
 use crate::report::figure::gate_limit;
 
+/// A problem of a plan that only a look at the hosts shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Blame {
+    /// The field it is about: `targets.recommender`, `rounds[0].faults[1]`.
+    pub(crate) path: String,
+    /// What is wrong.
+    pub(crate) message: String,
+    /// What to do.
+    pub(crate) fix: String,
+}
+
+/// Such problems as [`parse`] would tell its own: with line, column and a caret. `text` is a plan that parses.
+#[must_use]
+pub(crate) fn blame(file: &Path, text: &str, problems: &[Blame]) -> Invalid {
+    let source = tree::Source::new(file, text);
+    match source.parse() {
+        Ok(tree) => {
+            let root = source.root(&tree);
+            for Blame { path, message, fix } in problems {
+                root.find(path).problem(message, fix);
+            }
+            source.invalid()
+        }
+        Err(invalid) => invalid,
+    }
+}
+
 pub(crate) mod fault;
 mod read;
 mod tree;

@@ -22,7 +22,7 @@ use crate::{
     faults::{Held, NotArmed, RENEW_EVERY, as_event, figures},
     gate,
     log::Log,
-    plan::{Plan, Probe},
+    plan::{Blame, Plan, Probe},
     signals::{Asked, asked},
 };
 
@@ -59,8 +59,8 @@ pub(crate) enum Stopped {
     #[error("{0}")]
     Stuck(String),
     /// The plan cannot run here. Nothing was injected.
-    #[error("{}", .0.join("; "))]
-    Wrong(Vec<String>),
+    #[error("{}", .0.iter().map(|p| p.message.as_str()).collect::<Vec<_>>().join("; "))]
+    Wrong(Vec<Blame>),
     /// A round could not be made, so it proves nothing.
     #[error("{0}")]
     Undecidable(String),

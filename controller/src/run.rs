@@ -21,14 +21,14 @@ use crate::{
     check,
     cli::{Common, Output, exit},
     clock::Clock,
-    commands::{out, print_json},
+    commands::{err, out, print_json},
     event::{Finding, Node, Verdict, What},
     fold::Run,
     gate,
     gauges::Gauges,
     log::Log,
     outline,
-    plan::Probe,
+    plan::{self, Blame, Probe},
     probe,
     progress::Progress,
     report,
@@ -74,7 +74,7 @@ pub(crate) async fn run(common: &Common, path: &Path, signals: watch::Receiver<A
     };
     let ended = stop_agents(&log, agents, ended).await;
     ticking.abort();
-    conclude(common, &log, &ended)
+    conclude(common, &log, (path, &text), &ended)
 }
 
 /// Keeps the progress display going between events.
@@ -88,7 +88,10 @@ async fn tick(log: Arc<Log>) {
 /// An error of connecting as a reason to stop: what would be exit 4 for any command is it for a run too.
 fn stopped_by(e: anyhow::Error) -> Stopped {
     match wrong::exit_code(&e) {
-        exit::WRONG => Stopped::Wrong(vec![format!("{e:#}")]),
+        exit::WRONG => {
+            let fix = "the agent does not take this".into();
+            Stopped::Wrong(vec![Blame { path: "targets".into(), message: format!("{e:#}"), fix }])
+        }
         exit::ABORTED => Stopped::Lost(format!("{e:#}")),
         _ => Stopped::Ours(e),
     }
@@ -117,7 +120,7 @@ async fn stop_agents(log: &Log, agents: Option<Agents>, ended: Ended) -> Ended {
 }
 
 /// Last events, reports, and the exit code.
-fn conclude(common: &Common, log: &Log, ended: &Ended) -> Result<u8> {
+fn conclude(common: &Common, log: &Log, plan: (&Path, &str), ended: &Ended) -> Result<u8> {
     let (injected, reverted) = log
         .with(|run| (run.injections.len(), run.injections.iter().filter(|i| i.reverted.is_some()).count()));
     log.record(What::HostState { injected, reverted });
@@ -127,8 +130,8 @@ fn conclude(common: &Common, log: &Log, ended: &Ended) -> Result<u8> {
         Err(stopped @ (Stopped::Person | Stopped::Lost(_) | Stopped::Stuck(_))) => {
             (Verdict::Aborted, format!("{stopped}; {tally}"), exit::ABORTED)
         }
-        Err(Stopped::Wrong(problems)) => {
-            let why = format!("the plan cannot run here, nothing was injected: {}", problems.join("; "));
+        Err(stopped @ Stopped::Wrong(_)) => {
+            let why = format!("the plan cannot run here, nothing was injected: {stopped}");
             (Verdict::Aborted, why, exit::WRONG)
         }
         Err(Stopped::Undecidable(why)) => (Verdict::Inconclusive, why.clone(), exit::INCONCLUSIVE),
@@ -143,16 +146,18 @@ fn conclude(common: &Common, log: &Log, ended: &Ended) -> Result<u8> {
     });
     let (path, text, json) = reported;
     let path = path?;
-    if matches!(
-        ended,
-        Err(Stopped::Wrong(_) | Stopped::Ours(_) | Stopped::Person | Stopped::Lost(_) | Stopped::Stuck(_))
-    ) {
-        eprintln!("squall: {reason}");
+    match ended {
+        Err(Stopped::Wrong(problems)) => {
+            let (file, text) = plan;
+            err(&format!("squall: {}nothing was injected\n", plan::blame(file, text, problems)));
+        }
+        Err(_) => err(&format!("squall: {reason}\n")),
+        Ok(_) => {}
     }
     match text {
         // A verdict of rounds that never ran, or that we failed to run, would be read as one.
         Some(_) if matches!(ended, Err(Stopped::Wrong(_) | Stopped::Ours(_))) => {
-            eprintln!("squall: the record is {}", path.display());
+            err(&format!("squall: the record is {}\n", path.display()));
         }
         Some(text) => out(&text),
         None => print_json(&json),

@@ -50,6 +50,18 @@ pub(crate) struct Memory {
     pub(crate) ramp: Duration,
 }
 
+impl super::Fault {
+    /// Its kind, as in a plan: `network`.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self.proto.kind {
+            Some(v1::fault::Kind::Network(_)) => "network",
+            Some(v1::fault::Kind::Cpu(_)) => "cpu",
+            Some(v1::fault::Kind::Memory(_)) => "memory",
+            None => "",
+        }
+    }
+}
+
 /// How much memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Size {

@@ -354,3 +354,23 @@ fn a_round_needs_gates_faults_and_time() {
     1 error in plan.yaml
     "#);
 }
+
+#[test]
+fn what_only_the_hosts_know_has_a_place_too() {
+    let of =
+        |path: &str, message: &str| Blame { path: path.into(), message: message.into(), fix: "fix".into() };
+    let problems = [of("targets.recommender", "matches nothing"), of("rounds[0].faults[1].cpu", "no cgroup")];
+    insta::assert_snapshot!(blame(Path::new("plan.yaml"), GOOD, &problems).text, @r#"
+    plan.yaml:6:3: targets.recommender: matches nothing
+       |
+     6 |   recommender: { process: { exe: recommender } }
+       |   ^^^^^^^^^^^ fix
+
+    plan.yaml:19:9: rounds[0].faults[1].cpu: no cgroup
+        |
+     19 |       - cpu: { on: recommender, load: 90% }
+        |         ^^^ fix
+
+    2 errors in plan.yaml
+    "#);
+}

@@ -364,6 +364,29 @@ impl<'a> At<'a> {
         at.refuse(format!("there is no {what} `{}`", key.value), fix)
     }
 
+    /// The value at a path such as `rounds[0].faults[1]`; the last one on the way that is there.
+    pub(super) fn find(&self, path: &str) -> At<'a> {
+        let (step, rest) = match path.find(['.', '[']) {
+            _ if path.is_empty() => return self.clone(),
+            Some(0) if path.starts_with('[') => path.split_once(']').unwrap_or((path, "")),
+            Some(end) => path.split_at(end),
+            None => (path, ""),
+        };
+        let rest = rest.strip_prefix('.').unwrap_or(rest);
+        let next = match (self.value, step.strip_prefix('[')) {
+            (Value::List(_), Some(index)) => {
+                index.parse().ok().and_then(|i: usize| self.list("").unwrap_or_default().into_iter().nth(i))
+            }
+            (Value::Map(entries), None) => {
+                let entry = entries.iter().find(|(key, _)| key.value == step);
+                // The name is a better place for a caret than whatever it stands for.
+                entry.map(|(key, value)| At { place: key.referenced, ..self.child(step, value) })
+            }
+            _ => None,
+        };
+        next.map_or_else(|| self.clone(), |next| next.find(rest))
+    }
+
     fn child(&self, key: &str, value: &'a Spanned<Value>) -> At<'a> {
         let path = if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) };
         At { source: self.source, path, place: value.referenced, value: &value.value }

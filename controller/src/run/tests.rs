@@ -114,7 +114,8 @@ async fn a_target_that_matches_nothing_stops_the_run_before_anything_is_changed(
     fake.is().nothing_matches = true;
     let (ended, run, _) = start(PLAN, &[&fake]).end().await;
     let Err(Stopped::Wrong(problems)) = ended else { panic!("{ended:?}") };
-    assert_eq!(problems, ["target `web` matches nothing: a: no process has exe web: 0 of 12"]);
+    assert_eq!((problems.len(), problems[0].path.as_str()), (1, "targets.web"));
+    assert_eq!(problems[0].message, "target `web` matches nothing: a: no process has exe web: 0 of 12");
     assert!(run.injections.is_empty());
     assert!(!fake.is().calls.iter().any(|c| ["arm", "fire"].contains(c)), "{:?}", fake.is().calls);
 }
@@ -125,7 +126,7 @@ async fn a_fault_that_does_not_work_there_stops_the_run_before_anything_is_chang
     fake.is().refuses = true;
     let (ended, _, _) = start(PLAN, &[&fake]).end().await;
     let Err(Stopped::Wrong(problems)) = ended else { panic!("{ended:?}") };
-    assert!(problems[0].contains("cpu faults do not work on this node"), "{problems:?}");
+    assert!(problems[0].message.contains("cpu faults do not work on this node"), "{problems:?}");
     assert!(!fake.is().calls.iter().any(|c| ["arm", "fire"].contains(c)), "{:?}", fake.is().calls);
 }
 
