@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use super::{
     figure,
-    series::{Mark, Rule, Span, Track},
+    series::{LoadSummary, Mark, Rule, Span, Track},
 };
 use crate::{
     event::{Finding, Outcome, Phase},
@@ -451,6 +451,72 @@ pub(crate) fn gate(run: &Run, round: &Round, track: &Track, baseline: Option<f64
     }
     canvas.axis(bottom, Some(fault.0));
     Some(canvas.finish(172.0, &format!("{} in round {}", track.name, round.outline.name)))
+}
+
+/// The latency of each phase from the median to the tail. `limits` are percentiles with their limits in seconds.
+pub(crate) fn spectrum(
+    name: &str,
+    phases: &[(Phase, &str, LoadSummary)],
+    limits: &[(f64, f64)],
+) -> Option<String> {
+    let curves: Vec<_> = phases.iter().map(|(phase, label, sum)| (*phase, *label, sum.spectrum())).collect();
+    let points = || curves.iter().flat_map(|(.., points)| points);
+    let last = points().map(|(x, _)| *x).reduce(f64::max)?;
+    let marks: Vec<_> = limits.iter().map(|(q, limit)| (-(1.0 - q).log10(), *q, *limit)).collect();
+    let all = || points().map(|(_, v)| *v).chain(marks.iter().map(|(.., limit)| *limit)).filter(|v| *v > 0.0);
+    let (low, high) = (all().reduce(f64::min)?, all().reduce(f64::max)?);
+    let axis = Axis { low: 10f64.powf(low.log10().floor()), high: nice(high), log: true };
+    let last = marks.iter().map(|(x, ..)| *x).fold(last, f64::max).max(1.0);
+    let mut canvas = Canvas::new(540.0, 58.0, 14.0, (0.0, last));
+    let (top, bottom) = (26.0, 190.0);
+    let y = |value: f64| bottom - axis.share(value) * (bottom - top);
+    let edge = canvas.width - canvas.right;
+    for value in [axis.low].into_iter().chain(axis.decades()).chain([axis.high]) {
+        canvas.line((canvas.left, y(value)), (edge, y(value)), 0.14);
+        if (value - axis.high).abs() < f64::EPSILON || y(value) - top > 12.0 {
+            canvas.text((canvas.left - 5.0, y(value) + 3.5), 10.0, "end", "m", &figure::seconds(value));
+        }
+    }
+    for q in [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999] {
+        let at = -(1.0f64 - q).log10();
+        if at <= last {
+            let x = canvas.x(at);
+            canvas.line((x, bottom), (x, bottom + 4.0), 0.35);
+            let label = if q > 0.0 { figure::percentile(q) } else { "fastest".into() };
+            canvas.text((x, bottom + 15.0), 10.0, "middle", "m", &label);
+        }
+    }
+    for (i, (phase, label, points)) in curves.iter().enumerate() {
+        let (colour, class, dash, width) = match phase {
+            Phase::Baseline => ("currentColor", "", "1 3", 1.6),
+            Phase::Fault => (ALARM, "bad", "none", 2.0),
+            Phase::Recovery => (INK, "ink", "6 3", 1.6),
+        };
+        let stroke = format!(
+            "class=\"c {class}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\" stroke-dasharray=\"{dash}\""
+        );
+        let x = canvas.left + 4.0 + i as f64 * 110.0;
+        canvas.add(format_args!("<path {stroke} d=\"M{x:.1} 10L{:.1} 10\"/>", x + 26.0));
+        canvas.text((x + 32.0, 14.0), 10.5, "start", "m", label);
+        let mut path = String::new();
+        for (i, (at, value)) in points.iter().enumerate() {
+            let _ = write!(path, "{}{:.1} {:.1}", if i == 0 { "M" } else { "L" }, canvas.x(*at), y(*value));
+        }
+        if !path.is_empty() {
+            canvas.add(format_args!("<path {stroke} d=\"{path}\"/>"));
+        }
+    }
+    for (at, q, limit) in marks {
+        let (x, y) = (canvas.x(at), y(limit));
+        canvas.add(format_args!(
+            "<path class=\"l\" d=\"M{:.1} {y:.1}L{:.1} {y:.1}\" fill=\"none\" stroke=\"{ALARM}\" stroke-width=\"3\"/>",
+            x - 9.0,
+            x + 9.0
+        ));
+        let label = format!("{} limit {}", figure::percentile(q), figure::seconds(limit));
+        canvas.text((x - 13.0, y + 3.5), 9.5, "end", "l", &label);
+    }
+    Some(canvas.finish(208.0, &format!("Latency of {name} from the fastest request to the slowest")))
 }
 
 /// Where the interval of a finding lies against its limit.

@@ -200,6 +200,8 @@ struct RoundView {
     /// Gates that were announced and not judged.
     waiting: Vec<String>,
     phases: Vec<[String; 4]>,
+    /// Load probes with the spectrum of their latencies.
+    spectra: Vec<(String, String)>,
     reached: bool,
 }
 
@@ -239,6 +241,7 @@ impl RoundView {
             gates: round.findings.iter().map(GateRow::of).collect(),
             waiting,
             phases: phase_rows(run, round),
+            spectra: spectra(run, round),
             reached,
         }
     }
@@ -258,7 +261,7 @@ fn phase_rows(run: &Run, round: &Round) -> Vec<[String; 4]> {
             continue;
         }
         let sum = |span| LoadSummary::of(run.bins(name, span));
-        for q in [0.5, 0.95, 0.99] {
+        for q in [0.5, 0.9, 0.95, 0.99, 0.999] {
             let row = format!("{name} {}", figure::percentile(q));
             rows.push(phase_row(run, round, &row, |span| sum(span).quantile(q).map(figure::seconds)));
         }
@@ -289,12 +292,27 @@ fn phase_rows(run: &Run, round: &Round) -> Vec<[String; 4]> {
     };
     for track in series::tracks(run).iter().filter(|track| !load(track)) {
         rows.push(phase_row(run, round, &track.name, |span| {
-            let (low, mean, high) = track.summary(span)?;
-            let v = |value| figure::limit(value, &track.unit);
-            Some(if low < high { format!("{} ({} to {})", v(mean), v(low), v(high)) } else { v(mean) })
+            let (_, mean, high) = track.summary(span)?;
+            let (mean, high) = (figure::limit(mean, &track.unit), figure::limit(high, &track.unit));
+            Some(if mean == high { mean } else { format!("{mean} (max {high})") })
         }));
     }
     rows
+}
+
+/// The spectrum of each load probe, with the limits of the round.
+fn spectra(run: &Run, round: &Round) -> Vec<(String, String)> {
+    let load = run.probes.iter().filter(|(_, probe)| probe.outline.kind == "load");
+    let drawn = load.filter_map(|(name, _)| {
+        let seen = PHASES.iter().filter_map(|(phase, label)| {
+            let span = round.span(*phase, run.now)?;
+            Some((*phase, *label, LoadSummary::of(run.bins(name, span))))
+        });
+        let gates = round.outline.gates.iter().filter(|g| g.gate == "latency" && g.source == *name);
+        let limits: Vec<_> = gates.filter_map(|g| Some((g.percentile?, g.limit))).collect();
+        Some((name.clone(), chart::spectrum(name, &seen.collect::<Vec<_>>(), &limits)?))
+    });
+    drawn.collect()
 }
 
 /// Rows for the table under the timeline: name, round, phase, samples, lowest, mean, highest.

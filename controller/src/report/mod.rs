@@ -180,7 +180,7 @@ pub(crate) fn host_state(run: &Run) -> String {
         return "nothing was injected".into();
     }
     if reverted >= injected {
-        format!("reverted {reverted}/{injected}, verified clean on {nodes}")
+        format!("reverted {reverted}/{injected}, hosts as before on {nodes}")
     } else {
         format!(
             "reverted {reverted}/{injected}: {} still in place",

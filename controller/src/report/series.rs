@@ -11,6 +11,9 @@ use crate::{
 /// A span of time, seconds since the start of the run.
 pub(crate) type Span = (f64, f64);
 
+/// Distance of the points of a spectrum.
+const SPECTRUM_STEP: f64 = 0.05;
+
 /// What a load probe saw over some of its bins.
 #[derive(Debug, Default)]
 pub(crate) struct LoadSummary {
@@ -65,6 +68,18 @@ impl LoadSummary {
             seen += n;
             (seen >= rank).then_some(*micros as f64 / 1e6)
         })
+    }
+
+    /// The quantiles from the lowest on, as pairs of `-log10(1 - q)` (1 is p90, 2 is p99) and seconds, up to the last one
+    /// that a whole request lies beyond.
+    pub(crate) fn spectrum(&self) -> Vec<(f64, f64)> {
+        let total: u64 = self.latency.values().sum();
+        let last = (total.max(1) as f64).log10();
+        let steps = (last / SPECTRUM_STEP).floor() as u32;
+        (0..=steps)
+            .map(|i| f64::from(i) * SPECTRUM_STEP)
+            .filter_map(|x| Some((x, self.quantile(1.0 - 10f64.powf(-x))?)))
+            .collect()
     }
 
     /// The longest latency, seconds.
@@ -388,6 +403,16 @@ mod tests {
         assert_eq!(sum.errors(), Some(0.1));
         assert_eq!(LoadSummary::default().quantile(0.5), None);
         assert_eq!(LoadSummary::default().errors(), None);
+    }
+
+    #[test]
+    fn a_spectrum_ends_where_there_are_no_requests_beyond() {
+        let bin = LoadBin { ok_latency: vec![(10_000, 90), (20_000, 9), (90_000, 1)], ..LoadBin::default() };
+        let spectrum = LoadSummary::of([&bin]).spectrum();
+        assert_eq!(spectrum.first(), Some(&(0.0, 0.01)));
+        let (last, slowest) = spectrum.last().copied().expect("points");
+        assert!((last - 2.0).abs() < 1e-9 && (slowest - 0.02).abs() < 1e-9, "p99 of a hundred is the 99th");
+        assert!(spectrum.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1));
     }
 
     #[test]
