@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything around the code, in Rust, with no other tool to learn.
 
+mod bench;
 mod builds;
 mod demo;
 mod initramfs;
@@ -39,6 +40,11 @@ enum Task {
     Test,
     /// The privileged tests on Debian's kernels, in QEMU.
     Vm(vm::Options),
+    /// Measure, and print a Markdown table.
+    Bench {
+        #[arg(value_enum)]
+        subject: bench::Subject,
+    },
     /// rustfmt, clippy and rustdoc, without a warning.
     Lint,
 }
@@ -64,6 +70,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo(options) => demo::run(&options),
         Task::Test => suite::run(),
         Task::Vm(options) => vm::run(&options),
+        Task::Bench { subject } => bench::run(subject),
         Task::Lint => lint::run(),
     }
 }
