@@ -15,9 +15,9 @@ use crate::{
     time::BootTime,
 };
 
-mod network;
 mod cpu;
 mod memory;
+mod network;
 mod registry;
 mod stressing;
 pub use registry::{AnyFault, AnyHeld, KINDS, Kind};

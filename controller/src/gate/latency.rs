@@ -53,8 +53,9 @@ fn of_load(scope: &Scope<'_>, mut finding: Finding, probe: &str, percentile: f64
     finding
 }
 
-/// Counts the requests of a bin that took longer than `limit` or failed. The generator being late is blamed on the
-/// service to pass, and excused to fail; a dropped request was never sent, so it fails nothing.
+/// Counts the requests of a bin that took longer than `limit` or failed. Latency counts from the time a request was due,
+/// so that a late generator makes the service look slower, never faster: that may fail to pass, and is excused to fail.
+/// A dropped request was never sent, so it fails nothing.
 fn block(bin: &LoadBin, limit: f64) -> Block {
     let slow: u64 = bin.ok_latency.iter().filter(|(us, _)| *us as f64 / 1e6 > limit).map(|(_, n)| n).sum();
     let bad = slow + bin.failed.values().sum::<u64>();
@@ -63,7 +64,7 @@ fn block(bin: &LoadBin, limit: f64) -> Block {
         start: bin.start,
         seen: (bad as f64, bin.due as f64),
         best: (excused as f64, (bin.due - bin.dropped) as f64),
-        worst: ((bad + bin.late).min(bin.due) as f64, bin.due as f64),
+        worst: (bad as f64, bin.due as f64),
     }
 }
 
