@@ -19,9 +19,9 @@ use nix::{
 
 /// Length of one turn of burning and sleeping.
 const PERIOD: Duration = Duration::from_millis(10);
-/// CPU time that a worker may still be owed from turns in which others held its CPU. More is written off: a load of
-/// 30 % must not become one of 100 % because it had to wait before.
-const MOST_OWED: Duration = PERIOD;
+/// CPU time that a worker may be owed, of turns in which others held its CPU too. More is written off: a load of 30 %
+/// must not become one of 100 % because it had to wait before.
+const MOST_OWED: i64 = 2 * PERIOD.as_nanos() as i64;
 /// A share that no worker has: it ends.
 const STOP: u64 = u64::MAX;
 
@@ -70,24 +70,24 @@ fn pin(cpus: &[usize]) -> io::Result<()> {
 /// no error adds up.
 fn burn(share: &AtomicU64) {
     let mut turn_ends = now(ClockId::CLOCK_MONOTONIC);
-    let mut owed = Duration::ZERO;
+    // Nanoseconds. Below zero after a turn that went past its share, which the next one pays back.
+    let mut owed: i64 = 0;
     loop {
         let share = share.load(Ordering::Relaxed);
         if share == STOP {
             return;
         }
         turn_ends += PERIOD;
-        owed = (owed + PERIOD * share as u32 / 1_000_000).min(MOST_OWED + PERIOD);
+        owed = (owed + PERIOD.as_micros() as i64 * share as i64 / 1_000).min(MOST_OWED);
         let started = now(ClockId::CLOCK_THREAD_CPUTIME_ID);
-        let mut used = Duration::ZERO;
+        let mut used = 0;
         while used < owed && now(ClockId::CLOCK_MONOTONIC) < turn_ends {
-            for _ in 0..2_000 {
+            for _ in 0..200 {
                 std::hint::spin_loop();
             }
-            used = now(ClockId::CLOCK_THREAD_CPUTIME_ID).saturating_sub(started);
+            used = now(ClockId::CLOCK_THREAD_CPUTIME_ID).saturating_sub(started).as_nanos() as i64;
         }
-        // Also what was used past the share counts, in the next turn.
-        owed = owed.saturating_sub(used);
+        owed -= used;
         let late = now(ClockId::CLOCK_MONOTONIC).saturating_sub(turn_ends);
         if late > PERIOD {
             // Others held the CPU for whole turns: they are written off, not caught up.
