@@ -258,7 +258,7 @@ fn sample(context: &Arc<Context>, checked: &check::Checked, beside: &mut JoinSet
     let nodes = places.iter().map(|(name, agent)| (name.clone(), context.agents[*agent].node.clone()));
     let gauges = Arc::new(Mutex::new(Gauges::new(&context.plan, nodes)));
     for (name, agent) in places {
-        let Some(target) = context.plan.targets.get(&name).and_then(crate::plan::Target::proto) else {
+        let Some(target) = context.plan.targets.get(&name).and_then(plan::Target::proto) else {
             continue;
         };
         let (context, gauges) = (Arc::clone(context), Arc::clone(&gauges));
