@@ -13,6 +13,8 @@
 #![no_main]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(unsafe_code, reason = "eBPF is helpers and raw pointers")]
+#![expect(clippy::inline_always, reason = "a call costs registers and the verifier's patience")]
+#![expect(clippy::needless_pass_by_value, reason = "aya's macros pass the context so")]
 #![expect(missing_docs, unreachable_pub, reason = "the macros of aya export programs and maps by symbol")]
 
 mod atomic;
@@ -34,7 +36,7 @@ use squall_common::{
     tap,
 };
 
-use crate::skb::{Note, Skb};
+use crate::skb::{Note, Skb, redirect};
 
 /// `BPF_F_MMAPABLE` of linux/bpf.h (kernel 5.5): the agent reads and writes the map as memory.
 const MMAPABLE: u32 = 1 << 10;
@@ -166,7 +168,7 @@ fn act<const FETCH: bool>(
         Fate::Pass => NEXT,
         Fate::Drop => {
             atomic::add(&rule.dropped, 1);
-            lose(skb, way)
+            lose(way)
         }
         Fate::Delay(by) => delay(skb, way, table, index, rule, by),
     }
@@ -179,10 +181,9 @@ fn sequence(index: usize) -> u64 {
     let cpu = u64::from(unsafe { bpf_get_smp_processor_id() });
     let Some(count) = SEQUENCE.get_ptr_mut(index as u32) else { return 0 };
     // SAFETY: the value is this CPU's own, and a tc program is not preempted by another on the same CPU.
-    let count = unsafe {
-        *count += 1;
-        *count
-    };
+    let count = unsafe { &mut *count };
+    *count += 1;
+    let count = *count;
     (cpu << 48) | count
 }
 
@@ -192,9 +193,9 @@ fn sequence(index: usize) -> u64 {
 /// host. A redirect to an interface that does not exist frees the packet and reports success, under TCX and in a
 /// classifier alike (`sch_handle_egress` and `skb_do_redirect`, Linux 5.10 net/core/dev.c and filter.c to 6.18).
 #[inline(always)]
-fn lose(skb: &Skb<'_>, way: Direction) -> i32 {
+fn lose(way: Direction) -> i32 {
     match way {
-        Direction::Egress => skb.redirect(0, false),
+        Direction::Egress => redirect(0, false),
         Direction::Ingress => TC_ACT_SHOT,
     }
 }
@@ -220,7 +221,7 @@ fn delay(skb: &Skb<'_>, way: Direction, table: &Table, index: usize, rule: &Rule
     if tap != 0 {
         atomic::add(&rule.delayed, 1);
         skb.set_note(table, Note { due: due | (index as u64) << RULE_SHIFT, more: from });
-        return skb.redirect(tap as u32, false);
+        return redirect(tap as u32, false);
     }
     if way == Direction::Ingress || table.edt.load() == 0 {
         return NEXT;
@@ -238,7 +239,7 @@ fn delay(skb: &Skb<'_>, way: Direction, table: &Table, index: usize, rule: &Rule
     } else {
         atomic::add(&rule.failed, 1);
     }
-    lose(skb, way)
+    lose(way)
 }
 
 /// The packet was here before: on its way out it learns when to leave, otherwise it comes back from the queue.
@@ -280,15 +281,15 @@ pub fn squall_tap_in(ctx: TcContext) -> i32 {
     let to = table.ifindex.load() as u32;
     skb.set_note(table, Note { due: 0, more: 0 });
     if from == table.tap[0].load() {
-        skb.redirect(to, false)
+        redirect(to, false)
     } else if from == table.tap[1].load() {
-        skb.redirect(to, true)
+        redirect(to, true)
     } else {
         TC_ACT_SHOT
     }
 }
 
-#[cfg(target_arch = "bpf")]
+#[cfg(not(test))]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}

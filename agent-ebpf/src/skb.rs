@@ -23,6 +23,7 @@ pub(crate) struct Skb<'a> {
 
 /// What our programs write on a packet for the next of them to read: `skb->cb`, which is the qdisc layer's own and
 /// travels with clones and redirects.
+#[derive(Clone, Copy)]
 pub(crate) struct Note {
     /// `CLOCK_MONOTONIC` nanoseconds at which the packet leaves; the rule's index above.
     pub(crate) due: u64,
@@ -112,14 +113,6 @@ impl<'a> Skb<'a> {
         unsafe { bpf_set_hash(self.ptr, hash) };
     }
 
-    /// The verdict that sends the packet out of (or into) an interface.
-    #[inline(always)]
-    pub(crate) fn redirect(&self, ifindex: u32, ingress: bool) -> i32 {
-        let flags = if ingress { u64::from(BPF_F_INGRESS) } else { 0 };
-        // SAFETY: the helper only notes the index down; an interface that is not there is found out later.
-        (unsafe { bpf_redirect(ifindex, flags) }) as i32
-    }
-
     /// Sends a clone out of an interface.
     #[inline(always)]
     pub(crate) fn clone_redirect(&self, ifindex: u32) -> bool {
@@ -137,6 +130,14 @@ impl<'a> Skb<'a> {
         // SAFETY: the context is valid, and so are as many bytes as the array has.
         (unsafe { bpf_skb_store_bytes(self.ptr.cast(), 0, bytes.as_ptr().cast(), tap::LEN as u32, 0) }) == 0
     }
+}
+
+/// The verdict that sends the packet of this program out of (or into) an interface.
+#[inline(always)]
+pub(crate) fn redirect(ifindex: u32, ingress: bool) -> i32 {
+    let flags = if ingress { u64::from(BPF_F_INGRESS) } else { 0 };
+    // SAFETY: the helper only notes the index down; an interface that is not there is found out later.
+    (unsafe { bpf_redirect(ifindex, flags) }) as i32
 }
 
 impl Bytes for Skb<'_> {

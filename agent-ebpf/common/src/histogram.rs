@@ -14,7 +14,7 @@ pub fn bucket(delay: u64) -> usize {
     if delay >> LEAST == 0 {
         return 0;
     }
-    let octave = 63 - delay.leading_zeros();
+    let octave = delay.ilog2();
     let within = (delay >> (octave - SUB)) as usize & ((1 << SUB) - 1);
     let bucket = 1 + (((octave - LEAST) as usize) << SUB) + within;
     if bucket < BUCKETS { bucket } else { BUCKETS - 1 }

@@ -113,7 +113,7 @@ pub struct Table {
     pub link_header: Cell,
     /// The interface's index.
     pub ifindex: Cell,
-    /// Not 0 where sch_fq on the interface keeps departure times (EDT).
+    /// Not 0 where `sch_fq` on the interface keeps departure times (EDT).
     pub edt: Cell,
     /// Index of the TAP device that holds delayed packets, by [`Direction`]; 0 where there is none.
     pub tap: [Cell; 2],
@@ -125,9 +125,9 @@ pub struct Table {
 #[repr(C)]
 #[derive(Debug)]
 pub struct Rule {
-    /// CLOCK_BOOTTIME in nanoseconds at which it begins.
+    /// `CLOCK_BOOTTIME` in nanoseconds at which it begins.
     pub not_before: Cell,
-    /// CLOCK_BOOTTIME in nanoseconds at which it ends by itself.
+    /// `CLOCK_BOOTTIME` in nanoseconds at which it ends by itself.
     pub until: Cell,
     /// Share of the packets that are touched: see [`crate::decide::threshold`].
     pub share: Cell,
@@ -150,7 +150,7 @@ pub struct Rule {
     pub delayed: Cell,
     /// Packets that should have been delayed and could not be (no memory, no queue): dropped, not counted in `dropped`.
     pub failed: Cell,
-    /// CLOCK_BOOTTIME of the first match; 0 before it.
+    /// `CLOCK_BOOTTIME` of the first match; 0 before it.
     pub first_match: Cell,
 }
 

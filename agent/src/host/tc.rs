@@ -18,8 +18,6 @@ use rtnetlink::{
 
 /// The handle of a root qdisc that we put there: nobody else picks it, so nothing else is ever removed.
 pub const OUR_QDISC: TcHandle = TcHandle { major: 0x5ca1, minor: 0 };
-/// Names of our filters begin like this.
-pub const OUR_FILTERS: &str = "squall_";
 
 /// An interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
