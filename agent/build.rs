@@ -132,7 +132,7 @@ fn find_linker() -> Result<PathBuf, String> {
     let home = env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
-    let path = env::var_os("PATH").unwrap_or_else(OsString::new);
+    let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(home.map(|home| home.join("bin")))
         .map(|dir| dir.join("bpf-linker"))
@@ -141,7 +141,7 @@ fn find_linker() -> Result<PathBuf, String> {
 }
 
 /// A directory with nothing in it but the LLVM of this compiler. bpf-linker loads the first `libLLVM*` that it finds in
-/// LD_LIBRARY_PATH or beside a directory of PATH, which may well be another version.
+/// `LD_LIBRARY_PATH` or beside a directory of PATH, which may well be another version.
 fn only_llvm(rustc: &Path, out: &Path) -> Result<PathBuf, String> {
     let libraries = output(Command::new("ldd").arg(rustc))?;
     let llvm = libraries

@@ -31,7 +31,7 @@ impl BootTime {
 
     /// How long from now until this time; zero where it has passed.
     #[must_use]
-    pub fn from_now(self) -> Duration {
+    pub fn remaining(self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(Self::now().0))
     }
 }
@@ -60,9 +60,9 @@ pub async fn sleep_until(time: BootTime) {
                 timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?;
                 Ok(timer)
             });
-    match timer.map(OwnedFd::from).map_err(std::io::Error::from).and_then(AsyncFd::new) {
+    match timer.map(OwnedFd::from).map_err(std::io::Error::from).and_then(AsyncFd::try_register) {
         Ok(timer) => drop(timer.readable().await),
         // Out of file descriptors: the coarser clock still ends it.
-        Err(_) => tokio::time::sleep(time.from_now()).await,
+        Err(_) => tokio::time::sleep(time.remaining()).await,
     }
 }

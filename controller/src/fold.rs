@@ -61,6 +61,9 @@ pub struct Round {
     pub verdict: Option<Verdict>,
 }
 
+/// Upper bound (none is infinite) and count of each bucket of a histogram.
+pub type Buckets = Vec<(Option<f64>, u64)>;
+
 /// What a probe saw.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Probe {
@@ -71,7 +74,7 @@ pub struct Probe {
     /// Samples of a gauge: time, value.
     pub values: Vec<(f64, f64)>,
     /// Samples of a histogram: time, buckets.
-    pub buckets: Vec<(f64, Vec<(Option<f64>, u64)>)>,
+    pub buckets: Vec<(f64, Buckets)>,
     /// Failed samples: time, why.
     pub failures: Vec<(f64, String)>,
     /// Times at which values stopped being comparable with those before, and why.
@@ -109,6 +112,7 @@ impl Round {
 
 impl Run {
     /// Folds a whole stream.
+    #[cfg(test)]
     pub fn of<'a>(events: impl IntoIterator<Item = &'a Event>) -> Self {
         let mut run = Self::default();
         for event in events {

@@ -1,7 +1,7 @@
 //! Statistics that the gates stand on: exact intervals for shares and counts, the design effect of samples that hang
 //! together in time, Holm's correction, quantiles of sparse histograms.
 //!
-//! Distributions come from `statrs`; every figure here is held against SciPy in the tests. Functions take ratios from
+//! Distributions come from `statrs`; every figure here is held against `SciPy` in the tests. Functions take ratios from
 //! 0 to 1 and one-sided error rates (`alpha`).
 
 use statrs::{

@@ -366,7 +366,7 @@ async fn what_is_wrong_is_refused_before_anything_changes() -> Result<()> {
         (with(|f| f.peers = vec![Peer { cidrs: vec!["10.0.0.0/40".into()], ..Peer::default() }]), "cidrs[0]"),
         (
             with(|f| {
-                f.peers = vec![Peer { ports: vec![PortRange { first: 9, last: 8 }], ..Peer::default() }]
+                f.peers = vec![Peer { ports: vec![PortRange { first: 9, last: 8 }], ..Peer::default() }];
             }),
             "ports[0]",
         ),

@@ -25,7 +25,7 @@ pub(super) fn token() -> Result<String> {
 
 /// Waits for the start of a window. At once where it is past.
 pub(super) async fn wait_until(time: BootTime) {
-    if !time.from_now().is_zero() {
+    if !time.remaining().is_zero() {
         sleep_until(time).await;
     }
 }

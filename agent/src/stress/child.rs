@@ -85,7 +85,7 @@ impl Child {
         let first = BootTime::now() + FIRST_ORDER;
         loop {
             let until = self.until.unwrap_or(first);
-            if until.from_now().is_zero() {
+            if until.remaining().is_zero() {
                 // Its last words wait in the pipe for an agent that still lives.
                 let _nobody_reads = say(&self.report(0));
                 return Ok(());
@@ -158,7 +158,7 @@ fn readable_before(until: BootTime) -> Result<bool> {
     let stdin = io::stdin();
     let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
     // Rounded up, so that it does not spin through the last millisecond.
-    let milliseconds = until.from_now().min(LOOK).as_micros().div_ceil(1000) as u16;
+    let milliseconds = until.remaining().min(LOOK).as_micros().div_ceil(1000) as u16;
     match poll(&mut fds, PollTimeout::from(milliseconds)) {
         Ok(ready) => Ok(ready > 0),
         Err(nix::errno::Errno::EINTR) => Ok(false),

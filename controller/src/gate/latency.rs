@@ -189,7 +189,7 @@ fn split(start: f64, buckets: &Buckets, limit: f64) -> Block {
 fn bucket_interval(samples: &[(f64, &Buckets)], total: &Buckets, allowed: f64) -> (Option<f64>, Option<f64>) {
     let share = |bound: f64| Share::of(samples.iter().map(|(at, buckets)| split(*at, buckets, bound).worst));
     let bounds = || total.iter().filter_map(|(bound, _)| *bound);
-    let low = bounds().filter(|b| share(*b).is_some_and(|s| s.lower(ALPHA_BLOCK) > allowed)).last();
+    let low = bounds().rfind(|b| share(*b).is_some_and(|s| s.lower(ALPHA_BLOCK) > allowed));
     let high = bounds().find(|b| share(*b).is_some_and(|s| s.upper(ALPHA_PASS) <= allowed));
     (Some(low.unwrap_or(0.0)), high)
 }

@@ -207,7 +207,7 @@ impl Good {
         for gate in planned.gates.iter().chain(&scope.plan.gates) {
             match gate {
                 Gate::Latency { probe: p, percentile, limit } if p == probe => {
-                    latency.push((*limit, 1.0 - percentile))
+                    latency.push((*limit, 1.0 - percentile));
                 }
                 Gate::Errors { probe: p, limit } if p == probe => {
                     errors = Some(errors.map_or(*limit, |e| e.min(*limit)));

@@ -120,7 +120,7 @@ pub(super) fn decide(scope: &Scope<'_>, finding: &mut Finding, counted: &Counted
                 "bad baseline: before the fault {} of {noun} {bad} already ({} may)",
                 percent(base.estimate()),
                 percent(limit)
-            ))
+            ));
         }
         Some(_) => {}
     }

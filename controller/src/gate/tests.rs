@@ -133,7 +133,7 @@ fn latency_by_share_of_slow_requests(#[case] second: Second, #[case] outcome: Ou
         Outcome::Pass => assert!(high.is_some_and(|h| h <= 0.8), "{finding:#?}"),
         Outcome::Fail => assert!(low.is_some_and(|l| l >= 0.8), "{finding:#?}"),
         Outcome::Inconclusive => {
-            assert!(finding.reason.contains("hold the fault") || finding.reason.contains("close"))
+            assert!(finding.reason.contains("hold the fault") || finding.reason.contains("close"));
         }
     }
 }
@@ -442,7 +442,7 @@ fn found(outcome: Outcome, p: Option<f64>) -> Finding {
 #[case::one_of_two(vec![found(Outcome::Fail, Some(0.008)), found(Outcome::Pass, Some(0.9))], true, Verdict::Inconclusive)]
 #[case::fails_though_idle(vec![found(Outcome::Fail, None)], false, Verdict::Block)]
 fn verdicts(#[case] findings: Vec<Finding>, #[case] bit: bool, #[case] expected: Verdict) {
-    let (verdict, why) = super::verdict(&findings, OnFail::Block, bit);
+    let (verdict, why) = verdict(&findings, OnFail::Block, bit);
     assert_eq!(verdict, expected, "{why}");
     assert!(why.len() > 10);
     if expected == Verdict::Block {

@@ -10,11 +10,7 @@ mod scrape;
 
 use tokio::{sync::mpsc, task::JoinHandle};
 
-use crate::{
-    clock::Clock,
-    event::What,
-    plan::{self, Probe},
-};
+use crate::{clock::Clock, event::What, plan::Probe};
 
 /// Starts a probe that asks the service itself. It runs until it is aborted, or nobody listens any more.
 pub(crate) fn start(

@@ -112,7 +112,7 @@ impl Series {
         };
         // A replaced process resets its counters too; that is one event, not two.
         if let Some(what) = what
-            && !(matches!(what, What::ProbeReset { .. }) && !events.is_empty())
+            && (!matches!(what, What::ProbeReset { .. }) || events.is_empty())
         {
             events.push(what);
         }

@@ -1,4 +1,4 @@
-//! The report as JUnit XML, for CI servers: a suite for each round, a case for each gate.
+//! The report as `JUnit` XML, for CI servers: a suite for each round, a case for each gate.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ use crate::{
 /// A case: its name, and what is inside its element.
 type Case = (String, String);
 
-/// The report of a run as JUnit XML. A failed gate is a failure; an inconclusive one, and one that an end of the run
+/// The report of a run as `JUnit` XML. A failed gate is a failure; an inconclusive one, and one that an end of the run
 /// came before, is an error; one of a round that was not run is skipped. The verdict is a case of its own, so that a run
 /// whose gates all passed and whose verdict is not `promote` is not read as a pass.
 #[must_use]
