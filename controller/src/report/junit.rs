@@ -1,4 +1,4 @@
-//! The report as JUnit XML, for CI servers: a suite for each round, a case for each gate.
+//! The report as `JUnit` XML, for CI servers: a suite for each round, a case for each gate.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ use crate::{
 /// A case: its name, and what is inside its element.
 type Case = (String, String);
 
-/// The report of a run as JUnit XML. A failed gate is a failure; an inconclusive one, and one that an end of the run
+/// The report of a run as `JUnit` XML. A failed gate is a failure; an inconclusive one, and one that an end of the run
 /// came before, is an error; one of a round that was not run is skipped. The verdict is a case of its own, so that a run
 /// whose gates all passed and whose verdict is not `promote` is not read as a pass.
 #[must_use]
@@ -28,11 +28,19 @@ pub(crate) fn junit(run: &Run) -> String {
     let all = || suites.iter().flat_map(|(.., cases)| cases);
     let mut out = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
     let name = escape(&run.plan);
-    element(&mut out, &format!("testsuites name=\"{name}\" time=\"{:.3}\"", run.now), all());
+    element(
+        &mut out,
+        &format!("testsuites name=\"{name}\" time=\"{:.3}\"", run.now),
+        &all().collect::<Vec<_>>(),
+    );
     for (name, seconds, cases) in &suites {
         let name = escape(name);
         out.push_str("  ");
-        element(&mut out, &format!("testsuite name=\"{name}\" time=\"{seconds:.3}\""), cases.iter());
+        element(
+            &mut out,
+            &format!("testsuite name=\"{name}\" time=\"{seconds:.3}\""),
+            &cases.iter().collect::<Vec<_>>(),
+        );
         for (case, inside) in cases {
             let (class, case) = (escape(&run.plan), escape(case));
             // Writing to a string does not fail.
@@ -48,10 +56,10 @@ pub(crate) fn junit(run: &Run) -> String {
 }
 
 /// Opens an element with the counts of its cases.
-fn element<'a>(out: &mut String, head: &str, cases: impl Iterator<Item = &'a Case> + Clone) {
-    let count = |tag: &str| cases.clone().filter(|(_, inside)| inside.starts_with(tag)).count();
+fn element(out: &mut String, head: &str, cases: &[&Case]) {
+    let count = |tag: &str| cases.iter().filter(|(_, inside)| inside.starts_with(tag)).count();
     let (failures, errors, skipped) = (count("<failure"), count("<error"), count("<skipped"));
-    let tests = cases.clone().count();
+    let tests = cases.len();
     // Writing to a string does not fail.
     let _ = writeln!(
         out,
