@@ -241,7 +241,12 @@ impl Canvas {
         // Beside the line's end where there is room, before it otherwise.
         let after = x2 + 6.0 * label.chars().count() as f64 + 6.0 < self.width;
         let (x, anchor) = if after { (x2 + 3.0, "start") } else { (x2 - 3.0, "end") };
-        let height = if matches!(rule, Rule::By { .. }) { bottom } else { to.1.max(top + 4.0) - 3.0 };
+        let height = match rule {
+            Rule::By { .. } => bottom,
+            // Under the line where there is no room over it.
+            _ if to.1 - top < 12.0 => to.1 + 10.0,
+            _ => to.1 - 3.0,
+        };
         self.text((x, height.min(bottom - 3.0)), 9.5, anchor, "l", label);
         true
     }

@@ -143,6 +143,22 @@ pub(crate) fn several(n: usize, noun: &str) -> String {
     if n == 1 { format!("1 {noun}") } else { format!("{} {noun}s", count(n as f64)) }
 }
 
+/// A reason as a sentence: with a capital, where it starts with a plain word, and a full stop.
+pub(crate) fn sentence(text: &str) -> String {
+    let word = text.split_whitespace().next().unwrap_or_default();
+    let mut chars = text.chars();
+    let mut out = match chars.next() {
+        Some(first) if word.chars().all(|c| c.is_ascii_lowercase()) => {
+            first.to_uppercase().chain(chars).collect::<String>()
+        }
+        _ => text.to_owned(),
+    };
+    if !out.is_empty() && !out.ends_with(['.', '!', '?']) {
+        out.push('.');
+    }
+    out
+}
+
 fn percent(ratio: f64) -> String {
     let value = ratio * 100.0;
     match value.abs() {
@@ -235,6 +251,14 @@ mod tests {
         assert_eq!(interval((Some(3.0), None), Some(3.0), "seconds"), "≥ 3s");
         assert_eq!(interval((Some(3.0), Some(f64::INFINITY)), Some(3.0), "seconds"), "[3, ∞]");
         assert_eq!(interval((Some(0.8), Some(0.9)), None, "seconds"), "[800ms, 900ms]");
+    }
+
+    #[test]
+    fn sentences_leave_names_as_they_are() {
+        assert_eq!(sentence("the load was late"), "The load was late.");
+        assert_eq!(sentence("redis-slow/latency failed."), "redis-slow/latency failed.");
+        assert_eq!(sentence("8 of 17 gates"), "8 of 17 gates.");
+        assert_eq!(sentence(""), "");
     }
 
     #[test]

@@ -25,7 +25,9 @@ pub(crate) fn html(run: &Run) -> anyhow::Result<String> {
         run,
         sign: run.verdict.as_ref().map_or(RUNNING, |(v, _)| verdict_sign(*v)),
         exit: run.verdict.as_ref().map(|(v, _)| v.exit_code()),
-        reason: run.verdict.as_ref().map_or("The events end before the run did.", |(_, reason)| reason),
+        reason: figure::sentence(
+            run.verdict.as_ref().map_or("the events end before the run did", |(_, reason)| reason),
+        ),
         tally: Tally::of(run).words(),
         facts: facts(run),
         trouble: findings(run)
@@ -60,7 +62,7 @@ struct Page<'a> {
     run: &'a Run,
     sign: Sign,
     exit: Option<u8>,
-    reason: &'a str,
+    reason: String,
     tally: String,
     facts: Vec<(&'static str, String)>,
     trouble: Vec<Trouble>,
@@ -137,7 +139,7 @@ impl Trouble {
                 ("since", row.since),
                 ("samples", row.samples),
             ],
-            reason: finding.reason.clone(),
+            reason: figure::sentence(&finding.reason),
             chart: round
                 .zip(track)
                 .and_then(|(round, track)| chart::gate(run, round, &track, finding.baseline)),
@@ -182,7 +184,7 @@ impl GateRow {
             baseline: finding.baseline.map_or_else(dash, |v| figure::value(v, unit)),
             samples: figure::count(finding.samples as f64),
             since: finding.since.map_or_else(dash, |s| format!("{} of fault", figure::clock(s))),
-            reason: finding.reason.clone(),
+            reason: figure::sentence(&finding.reason),
             explain: finding.outcome != Outcome::Pass,
         }
     }

@@ -28,11 +28,19 @@ pub(crate) fn junit(run: &Run) -> String {
     let all = || suites.iter().flat_map(|(.., cases)| cases);
     let mut out = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
     let name = escape(&run.plan);
-    element(&mut out, &format!("testsuites name=\"{name}\" time=\"{:.3}\"", run.now), all());
+    element(
+        &mut out,
+        &format!("testsuites name=\"{name}\" time=\"{:.3}\"", run.now),
+        &all().collect::<Vec<_>>(),
+    );
     for (name, seconds, cases) in &suites {
         let name = escape(name);
         out.push_str("  ");
-        element(&mut out, &format!("testsuite name=\"{name}\" time=\"{seconds:.3}\""), cases.iter());
+        element(
+            &mut out,
+            &format!("testsuite name=\"{name}\" time=\"{seconds:.3}\""),
+            &cases.iter().collect::<Vec<_>>(),
+        );
         for (case, inside) in cases {
             let (class, case) = (escape(&run.plan), escape(case));
             // Writing to a string does not fail.
@@ -48,10 +56,10 @@ pub(crate) fn junit(run: &Run) -> String {
 }
 
 /// Opens an element with the counts of its cases.
-fn element<'a>(out: &mut String, head: &str, cases: impl Iterator<Item = &'a Case> + Clone) {
-    let count = |tag: &str| cases.clone().filter(|(_, inside)| inside.starts_with(tag)).count();
+fn element(out: &mut String, head: &str, cases: &[&Case]) {
+    let count = |tag: &str| cases.iter().filter(|(_, inside)| inside.starts_with(tag)).count();
     let (failures, errors, skipped) = (count("<failure"), count("<error"), count("<skipped"));
-    let tests = cases.clone().count();
+    let tests = cases.len();
     // Writing to a string does not fail.
     let _ = writeln!(
         out,

@@ -20,7 +20,7 @@ pub(crate) fn markdown(run: &Run) -> String {
         out.push('\n');
     };
     line(&format!("## {} {} {}\n", sign.glyph, sign.word, plain(&format!("{}{version}", run.plan))));
-    line(&format!("**{}**\n", plain(reason)));
+    line(&format!("**{}**\n", plain(&figure::sentence(reason))));
     let exit = run.verdict.as_ref().map(|(v, _)| format!(" · exit {}", v.exit_code())).unwrap_or_default();
     let took = figure::span(run.now);
     let nodes = figure::several(run.nodes.len(), "node");

@@ -329,11 +329,10 @@ fn rule(run: &Run, round: &Round, gate: &GateOutline, track: &Track) -> Option<R
             Some(Rule::Slope { span: fault, start, per_second: gate.limit / 60.0, label: limit })
         }
         "recovery" if !errors && track.name.starts_with(&format!("{} p", gate.source)) => {
-            let start = round.phases.get(&Phase::Recovery)?;
-            Some(Rule::By {
-                at: start + gate.limit,
-                label: format!("recover by {}", figure::span(gate.limit)),
-            })
+            let at = round.phases.get(&Phase::Recovery)? + gate.limit;
+            // A round that ended before leaves no room for the line: what follows is another round's.
+            let reached = round.finished.is_none_or(|end| at <= end);
+            reached.then(|| Rule::By { at, label: format!("recover by {}", figure::span(gate.limit)) })
         }
         _ => None,
     }

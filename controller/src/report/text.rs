@@ -22,7 +22,7 @@ pub(crate) fn verdict_text(run: &Run, report: Option<&Path>, colour: bool) -> St
     };
     line(format!("{}  {}   {}", paint.strong(sign.tone, sign.word), title.join(" "), Tally::of(run).words()));
     if let Some((_, reason)) = &run.verdict {
-        line(reason.clone());
+        line(figure::sentence(reason));
     }
     let rounds = figure::several(run.rounds.len(), "round");
     let nodes = figure::several(run.nodes.len(), "node");
@@ -97,7 +97,7 @@ fn lines(finding: &Finding, show: bool, paint: Paint, line: &mut impl FnMut(Stri
     }
     line(format!("      {label} {}  {}  {}", finding.gate, finding.subject, figures(finding)));
     line(format!("          {}", circumstances(finding)));
-    line(format!("          {}", finding.reason));
+    line(format!("          {}", figure::sentence(&finding.reason)));
 }
 
 /// A finding in one line: its figures, since when, against what, from how much.
