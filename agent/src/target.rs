@@ -317,10 +317,12 @@ fn match_processes(
         .into_iter()
         .filter(|pid| *pid != agent)
         .filter_map(|pid| Some((pid, proc::exe(pid)?)))
-        .filter(|(pid, _)| proc::injection_of(&proc::arguments(*pid)).is_none())
         .collect();
-    if let (Some(pid), true) = (pid, left.is_empty()) {
-        return Err(NoMatch(format!("pid {pid}: {}", why_not(pid, agent))));
+    if let Some(pid) = pid {
+        left.retain(|(pid, _)| !is_stressor(*pid));
+        if left.is_empty() {
+            return Err(NoMatch(format!("pid {pid}: {}", why_not(pid, agent))));
+        }
     }
     let mut terms = Vec::new();
     let mut of = if let Some(pid) = pid { format!("pid {pid}") } else { format!("{} processes", left.len()) };
@@ -343,6 +345,8 @@ fn match_processes(
         });
         terms.push(format!("cmdline {cmdline:?}: {} of {of}", left.len()));
     }
+    // Last: it reads the arguments, and few are left by now.
+    left.retain(|(pid, _)| !is_stressor(*pid));
     let found: Vec<Found> = left
         .into_iter()
         .filter_map(|(pid, exe)| {
@@ -362,6 +366,10 @@ fn match_processes(
     Ok(found)
 }
 
+fn is_stressor(pid: i32) -> bool {
+    proc::injection_of(&proc::arguments(pid)).is_some()
+}
+
 fn is_exe(path: &Path, wanted: &str) -> bool {
     if wanted.starts_with('/') {
         path == Path::new(wanted)
@@ -378,9 +386,7 @@ fn why_not(pid: i32, agent: i32) -> String {
         None => "no such process".to_owned(),
         Some(stat) if proc::is_kernel_thread(&stat) => format!("is the kernel thread {}", stat.comm),
         Some(stat) if stat.state == 'Z' => format!("{} has ended and is a zombie", stat.comm),
-        Some(_) if proc::injection_of(&proc::arguments(pid)).is_some() => {
-            "is a stressor of this agent".to_owned()
-        }
+        Some(_) if is_stressor(pid) => "is a stressor of this agent".to_owned(),
         Some(stat) => format!("{} cannot be looked at; run the agent as root", stat.comm),
     }
 }
@@ -412,8 +418,7 @@ fn processes_of(cgroup: &Cgroup) -> Vec<Found> {
         .filter_map(|pid| {
             let exe = proc::exe(pid)?;
             let start_time = proc::stat(pid)?.starttime;
-            let ours = proc::injection_of(&proc::arguments(pid)).is_some();
-            (!ours).then_some(Found { process: Process { pid, start_time }, exe })
+            (!is_stressor(pid)).then_some(Found { process: Process { pid, start_time }, exe })
         })
         .collect()
 }

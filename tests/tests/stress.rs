@@ -304,9 +304,32 @@ async fn service_that_balloons_under_pressure_is_killed_and_counted() -> Result<
 
     stage.inject(share(0.9, Duration::ZERO)).await?;
     stage.memory_until(|memory| memory > 84 * MIB).await?;
-    let balloon = "x=0123456789abcdef; while :; do x=$x$x; done";
-    let _balloon = Running::start("balloon", &stage.cgroup.wrap(Command::new("sh").args(["-c", balloon])))?;
+    // It grows when it is told to.
+    let go = stage.agent.state_dir().join("go");
+    let script = "until [ -e \"$0\" ]; do sleep 0.1; done; x=0123456789abcdef; while :; do x=$x$x; done";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(&go);
+    let balloon = Running::start("balloon", &stage.cgroup.wrap(&command))?;
+    let procs = stage.cgroup.dir("memory")?.join("cgroup.procs");
+    let pid = balloon.pid().to_string();
+    let inside = || Ok(fs::read_to_string(&procs)?.lines().any(|line| line == pid).then_some(()));
+    wait_for("the balloon in the cgroup", PATIENCE, inside)?;
+    // By its process, which takes the way to its cgroup with it when it is killed.
+    let process = ProcessSelector { pid: balloon.pid(), ..ProcessSelector::default() };
+    let target = Some(Target { kind: Some(target::Kind::Process(process)) });
+    let request = SampleRequest { target, interval_ns: 100_000_000 };
+    let mut of_process = stage.client.sample(request).await?.into_inner();
+    let seen = of_process.message().await?.context("a sample")?;
+    ensure!(seen.processes == 1 && seen.oom_known, "{seen:?}");
+    fs::write(&go, "")?;
     let started = Instant::now();
+    loop {
+        let sample = of_process.message().await?.context("a sample")?;
+        if sample.processes == 0 && sample.oom_kills >= 2 {
+            break;
+        }
+        ensure!(started.elapsed() < PATIENCE, "{sample:?}");
+    }
     loop {
         let sample = samples.message().await?.context("a sample")?;
         // First the stressor, then, with all the memory to itself and still growing, the balloon.
@@ -335,10 +358,11 @@ async fn stopped_agent_holds_nothing_past_its_lease() -> Result<()> {
     stage.memory_until(|memory| memory > 48 * MIB).await?;
     let agent = nix::unistd::Pid::from_raw(stage.agent.pid().cast_signed());
     nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGSTOP)?;
-    let ended = stage.memory_until(|memory| memory < 16 * MIB).await;
+    let gone = || Ok(stage.others()?.is_empty().then_some(()));
+    let ended = wait_for("the end of the stressor", PATIENCE, gone);
     nix::sys::signal::kill(agent, nix::sys::signal::Signal::SIGCONT)?;
     ended?;
-    ensure!(stage.others()?.is_empty());
+    stage.memory_until(|memory| memory < 16 * MIB).await?;
     Ok(())
 }
 

@@ -306,12 +306,12 @@ impl Memory {
             .map(|(limit, dir)| (limit, Self { version: self.version, dir: dir.to_owned() }))
     }
 
-    /// Processes that were OOM-killed in it since it was made, in it alone (v2 before 5.12 and without
-    /// `memory.events.local`: with its descendants).
+    /// Processes that were OOM-killed in it since it was made, without its descendants; with them on v2 before 5.2,
+    /// which has no `memory.events.local`.
     ///
     /// The kernel counts a kill in the cgroup of the process it killed, not in the one whose limit was hit
-    /// [`mm/oom_kill.c`, `__oom_kill_process`, 6.1]; v1 does not pass it on to ancestors [include/linux/memcontrol.h,
-    /// `memcg_memory_event`, 6.1].
+    /// [`mm/oom_kill.c`, `__oom_kill_process`, 6.1], and on v1 not in its ancestors
+    /// [`include/linux/memcontrol.h`, `memcg_memory_event`, 6.1].
     pub fn oom_kills(&self) -> Option<u64> {
         let files: &[&str] = match self.version {
             Version::V1 => &["memory.oom_control"],

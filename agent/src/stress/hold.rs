@@ -16,7 +16,7 @@ use crate::host::{cgroup::node_memory, memory::Region};
 /// Largest step: what a ramp may be off by, and what can be overshot when others allocate at the same moment.
 const LARGEST_STEP: u64 = 8 << 20;
 /// A gap to the wanted usage that is not worth a step: the kernel charges memory in batches of 64 pages a CPU
-/// [`mm/memcontrol.c`, `MEMCG_CHARGE_BATCH`, 6.1].
+/// [`include/linux/memcontrol.h`, `MEMCG_CHARGE_BATCH`, 6.1].
 const CLOSE: u64 = 512 << 10;
 /// How often a ramp goes on.
 const TICK: Duration = Duration::from_millis(10);
@@ -56,8 +56,9 @@ impl Holder {
         let (total, _) = node_memory()?;
         let holder = Arc::clone(&shared);
         thread::Builder::new().name("squall-hold".into()).spawn(move || {
-            if let Err(error) = Region::reserve(total).and_then(|region| holder.hold(region)) {
-                *holder.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            let held = Region::reserve(total).map(|region| holder.hold(region));
+            if let Err(error) = held {
+                holder.fail(Some(&error));
             }
         })?;
         Ok(Self(shared))
@@ -82,7 +83,12 @@ impl Holder {
 }
 
 impl Shared {
-    fn hold(&self, mut region: Region) -> io::Result<()> {
+    fn fail(&self, error: Option<&io::Error>) {
+        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = error.map(ToString::to_string);
+    }
+
+    /// Holds memory until the process ends. What cannot be had is tried again; what is held stays held.
+    fn hold(&self, mut region: Region) {
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut ramp = Ramp::start(&wanted, region.held());
         let mut touched = Instant::now();
@@ -92,11 +98,15 @@ impl Shared {
                 Step::Grow(bytes) if !leaves(wanted.spare, bytes) => Step::Wait,
                 step => step,
             };
-            match step {
-                Step::Grow(bytes) => region.grow(bytes)?,
-                Step::Shrink(bytes) => region.shrink(bytes)?,
-                Step::Wait | Step::Done => {}
+            let taken = match step {
+                Step::Grow(bytes) => region.grow(bytes),
+                Step::Shrink(bytes) => region.shrink(bytes),
+                Step::Wait | Step::Done => Ok(()),
+            };
+            if !matches!(step, Step::Wait) {
+                self.fail(taken.as_ref().err());
             }
+            let step = if taken.is_ok() { step } else { Step::Wait };
             self.held.store(region.held(), Ordering::Relaxed);
             if !region.locked() && touched.elapsed() > TOUCH {
                 region.touch();
