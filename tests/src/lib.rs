@@ -4,10 +4,12 @@
 //! lacks something a test needs, that test fails, or checks that the agent says so.
 
 mod agent;
+mod controller;
 mod lab;
 mod victim;
 
 pub use agent::{Agent, AgentOptions};
+pub use controller::Controller;
 pub use lab::Lab;
 pub use squall_lab::{
     Cgroup, HostState, NetState, Netns, Ping, Running, Shop, ShopOptions, Stream, Wire, bin_dir, need_root,

@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{builds, setup, workspace};
 
-/// Memory limit of the recommender. The plan's memory pressure takes three quarters of it.
+/// Memory limit of the recommender.
 const MEMORY: u64 = 256 << 20;
 /// How the plan names the recommender; replaced by the name of the shop.
 const NAME_IN_PLAN: &str = "squall-demo";

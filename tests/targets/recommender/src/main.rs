@@ -43,9 +43,9 @@ use crate::{
 /// One in so many requests leaks a task.
 const LEAK_EVERY: u64 = 10;
 /// What the balloon keeps of each request.
-const BALLOON_BYTES: usize = 64 * 1024;
-/// Where the balloon stops growing, so that without memory pressure nothing is ever killed.
-const BALLOON_MOST: usize = 3072;
+const BALLOON_BYTES: usize = 16 * 1024;
+/// Requests after which the balloon stops growing, so that it never takes a host's memory: 256 MiB.
+const BALLOON_MOST: usize = 16 * 1024;
 
 /// An HTTP recommender in front of Redis.
 #[derive(Debug, Parser)]
@@ -73,7 +73,7 @@ enum Defect {
     NoTimeout,
     /// An error from Redis becomes a status 500.
     NoFallback,
-    /// Every request leaves 64 KiB behind, up to 192 MiB.
+    /// Every request leaves 16 KiB behind, up to 256 MiB.
     Balloon,
 }
 
