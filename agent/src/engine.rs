@@ -96,6 +96,9 @@ struct Entry {
     commands: mpsc::Sender<Command>,
 }
 
+/// What an injection is reached by.
+type Handle = (Arc<Core>, mpsc::Sender<Command>);
+
 enum Command {
     Fire,
     Revert(&'static str),
@@ -238,13 +241,9 @@ impl Engine {
     /// Changes the parameters of a live injection in place.
     pub async fn update(&self, id: &str, fault: AnyFault) -> Result<v1::Injection, EngineError> {
         let mut entries = self.entries(&[id.to_owned()])?;
-        let (core, commands) = match (entries.pop(), entries.is_empty()) {
-            (Some(entry), true) => entry,
-            _ => {
-                return Err(EngineError::Conflict(format!(
-                    "{id} is several injections; update each by its own id"
-                )));
-            }
+        let (Some((core, commands)), true) = (entries.pop(), entries.is_empty()) else {
+            let why = format!("{id} is several injections; update each by its own id");
+            return Err(EngineError::Conflict(why));
         };
         fault.check(&core.target, &self.0.limits)?;
         let (reply, answer) = oneshot::channel();
@@ -302,7 +301,7 @@ impl Engine {
     }
 
     /// The injections of ids; `<id>` also names its `<id>.<n>`.
-    fn entries(&self, ids: &[String]) -> Result<Vec<(Arc<Core>, mpsc::Sender<Command>)>, EngineError> {
+    fn entries(&self, ids: &[String]) -> Result<Vec<Handle>, EngineError> {
         let injections = self.0.lock();
         let mut entries = Vec::new();
         for id in ids {
@@ -653,7 +652,7 @@ impl Task {
         match held.effect().await {
             Ok(effect) => self.core.status.send_modify(|s| s.injection.effect = Some(effect)),
             Err(e) => {
-                warn!(id = self.core.id(), error = format!("{e:#}"), "the effect could not be measured")
+                warn!(id = self.core.id(), error = format!("{e:#}"), "the effect could not be measured");
             }
         }
     }

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     engine::{Engine, EngineError, Order},
-    fault::{AnyFault, KINDS},
+    fault::{AnyFault, KINDS, Kind},
     host::cgroup,
     journal,
     limits::Invalid,
@@ -37,7 +37,7 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Server {
     /// A server over an engine. Finds out what works on this node.
     pub async fn new(engine: Engine) -> Self {
-        let faults = join_all(KINDS.iter().map(|kind| kind.describe())).await;
+        let faults = join_all(KINDS.iter().map(Kind::describe)).await;
         Self { engine, faults }
     }
 

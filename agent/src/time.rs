@@ -1,16 +1,9 @@
 //! The one clock that leases and deadlines run on.
 
-use std::{fmt, ops::Add, os::fd::OwnedFd, time::Duration};
+use std::{fmt, ops::Add, time::Duration};
 
-use nix::{
-    sys::{
-        time::TimeSpec,
-        timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags},
-    },
-    time::{ClockId, clock_gettime},
-};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
-use tokio::io::unix::AsyncFd;
 
 /// A reading of CLOCK_BOOTTIME in nanoseconds: it does not step, and it goes on through a suspend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -50,19 +43,16 @@ impl fmt::Display for BootTime {
     }
 }
 
-/// Sleeps until a time on CLOCK_BOOTTIME, which tokio's own timers do not run on: they stand still in a suspend.
+/// Longest nap of [`sleep_until`]: how late it may notice that the machine was suspended.
+const NAP: Duration = Duration::from_millis(500);
+
+/// Sleeps until a time on CLOCK_BOOTTIME. Tokio's own timers stand still in a suspend, so it looks again after each nap.
 pub async fn sleep_until(time: BootTime) {
-    let timer =
-        TimerFd::new(timerfd::ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
-            .and_then(|timer| {
-                // Zero would disarm it.
-                let at = TimeSpec::from_duration(Duration::from_nanos(time.0.max(1)));
-                timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)?;
-                Ok(timer)
-            });
-    match timer.map(OwnedFd::from).map_err(std::io::Error::from).and_then(AsyncFd::try_register) {
-        Ok(timer) => drop(timer.readable().await),
-        // Out of file descriptors: the coarser clock still ends it.
-        Err(_) => tokio::time::sleep(time.remaining()).await,
+    loop {
+        let remaining = time.remaining();
+        if remaining.is_zero() {
+            return;
+        }
+        tokio::time::sleep(remaining.min(NAP)).await;
     }
 }

@@ -7,7 +7,6 @@
 
 #![no_std]
 #![expect(clippy::inline_always, reason = "a call in a program costs registers and the verifier's patience")]
-#![cfg_attr(test, expect(clippy::unwrap_used, reason = "a test may panic"))]
 #![cfg_attr(target_arch = "bpf", expect(unsafe_code, reason = "volatile access to shared cells"))]
 
 #[cfg(any(test, feature = "user"))]
