@@ -236,15 +236,15 @@ async fn a_partition_cuts_off_its_peers_and_nobody_else() -> Result<()> {
     let before = bench.lab.near.state()?;
     for direction in [Direction::Both, Direction::Egress, Direction::Ingress] {
         let injection = bench.inject(partition(direction, &["10.99.0.2/32", "fd99::/64"])).await?;
-        assert_eq!(bench.loss(Lab::FAR)?, 1.0, "{direction:?}");
-        assert_eq!(bench.loss(Lab::FAR_V6)?, 1.0, "{direction:?}");
-        assert_eq!(bench.loss(Lab::FAR_OTHER)?, 0.0, "{direction:?}");
+        ensure!(bench.loss(Lab::FAR)? > 0.99, "{direction:?}: {} is reached", Lab::FAR);
+        ensure!(bench.loss(Lab::FAR_V6)? > 0.99, "{direction:?}: {} is reached", Lab::FAR_V6);
+        ensure!(bench.loss(Lab::FAR_OTHER)? < 0.01, "{direction:?}: {} is cut off", Lab::FAR_OTHER);
         let now = bench.effect(&injection.id).await?;
         ensure!(figure(&now, "dropped") == Some(10.0), "{now:?}");
         ensure!(now.effect.as_ref().is_some_and(|effect| effect.bit), "{now:?}");
         bench.revert(&injection.id).await?;
-        assert_eq!(bench.loss(Lab::FAR)?, 0.0, "{direction:?}");
-        assert_eq!(bench.loss(Lab::FAR_V6)?, 0.0, "{direction:?}");
+        ensure!(bench.loss(Lab::FAR)? < 0.01, "{direction:?}: {} is cut off", Lab::FAR);
+        ensure!(bench.loss(Lab::FAR_V6)? < 0.01, "{direction:?}: {} is cut off", Lab::FAR_V6);
     }
     assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
     Ok(())
@@ -342,7 +342,7 @@ async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()>
         thread::sleep(Duration::from_millis(10));
     }
     println!("whole after {:?}", killed.elapsed());
-    ensure!(bench.loss(Lab::FAR)? == 0.0);
+    ensure!(bench.loss(Lab::FAR)? < 0.01, "packets are lost");
     bench.agent.restart().await?;
     assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
     Ok(())

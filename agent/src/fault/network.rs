@@ -29,8 +29,8 @@ use crate::{
     time::BootTime,
 };
 
-/// The longest delay. sch_fq is told to keep packets twice as long (`HORIZON` in host/tc.rs).
-const LONGEST_DELAY: Duration = Duration::from_secs(60);
+/// The longest delay. `sch_fq` is told to keep packets twice as long (`HORIZON` in host/tc.rs).
+const LONGEST_DELAY: Duration = Duration::from_mins(1);
 
 /// A network fault.
 #[derive(Debug, Clone, PartialEq)]
@@ -520,7 +520,7 @@ fn revert(undo: &Undo) -> Result<()> {
         }
     }
     // What an agent that died left behind. The namespace may be gone, and everything in it.
-    let Some(netns) = Netns::find(&undo.netns_path, undo.netns_inode)? else { return Ok(()) };
+    let Some(netns) = Netns::find(&undo.netns_path, undo.netns_inode) else { return Ok(()) };
     netns.run(|| {
         let mut netlink = Netlink::open()?;
         let present = netlink.interfaces()?;

@@ -30,14 +30,14 @@ impl Netns {
 
     /// Opens a namespace by its inode, wherever it is to be found: at the path where it was, at another process in it,
     /// or by a name. `None` where it is gone.
-    pub fn find(path: &Path, inode: u64) -> Result<Option<Self>> {
+    pub fn find(path: &Path, inode: u64) -> Option<Self> {
         for path in [path.to_owned(), PathBuf::from("/proc/self/ns/net")].into_iter().chain(elsewhere()) {
             // A path that cannot be opened belongs to a process that ended or a name that was removed.
             if let Ok(Some(netns)) = Self::open_path(&path, inode) {
-                return Ok(Some(netns));
+                return Some(netns);
             }
         }
-        Ok(None)
+        None
     }
 
     fn open_path(path: &Path, inode: u64) -> io::Result<Option<Self>> {
@@ -64,11 +64,6 @@ impl Netns {
             f()
         })
     }
-}
-
-/// Runs a function inside a network namespace.
-pub fn run_in<T: Send>(target: &target::Netns, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    Netns::open(target)?.run(f)
 }
 
 /// Runs a function inside a new network namespace, which vanishes with it.

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{fault::Window, time::BootTime};
 
-/// How long a port waits for sch_fq to send off what it holds before it removes it.
+/// How long a port waits for `sch_fq` to send off what it holds before it removes it.
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
 const LOOPBACK: u32 = 1;
 
@@ -39,7 +39,7 @@ const LOOPBACK: u32 = 1;
 pub struct Support {
     /// How programs are attached.
     pub hook: Hook,
-    /// Why sch_fq cannot be used; `None` where it can.
+    /// Why `sch_fq` cannot be used; `None` where it can.
     pub no_fq: Option<String>,
     /// Why a TAP queue cannot be used; `None` where it can.
     pub no_tap: Option<String>,
@@ -48,7 +48,7 @@ pub struct Support {
 /// How packets of one direction are held back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
-    /// Departure times (EDT) that sch_fq at the root of the interface keeps.
+    /// Departure times (EDT) that `sch_fq` at the root of the interface keeps.
     Edt,
     /// A TAP device with a queue in the agent.
     Tap,
@@ -321,7 +321,7 @@ struct Port {
     taps: [Option<Tap>; 2],
     edt: bool,
     made_clsact: bool,
-    /// The longest delay any rule asked for, which is how long sch_fq may hold a packet.
+    /// The longest delay any rule asked for, which is how long `sch_fq` may hold a packet.
     longest: Duration,
     clauses: [Option<(usize, Clause)>; CLAUSES],
     rules: [bool; RULES],
@@ -629,7 +629,7 @@ fn drain(netlink: &mut Netlink, interface: u32, longest: Duration) -> Result<()>
     while Instant::now() < end {
         match netlink.root_qdisc(interface)? {
             Some(root) if root.handle == OUR_QDISC && root.packets > 0 => {
-                thread::sleep(Duration::from_millis(5))
+                thread::sleep(Duration::from_millis(5));
             }
             _ => break,
         }

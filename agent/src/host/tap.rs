@@ -1,4 +1,4 @@
-//! A TAP device whose queue in this process holds packets back, for kernels or interfaces without sch_fq.
+//! A TAP device whose queue in this process holds packets back, for kernels or interfaces without `sch_fq`.
 //!
 //! Our eBPF program redirects a packet to the device; the thread here reads it with its departure time in front
 //! ([`squall_common::tap`]), keeps it until then, and writes it back, whereupon another program sends it on its way.
@@ -333,7 +333,7 @@ fn unwrap(bytes: &[u8]) -> Option<(Header, Vec<u8>)> {
 }
 
 /// The virtio header of a packet that lost [`LEN`] bytes at its front. Fields: flags, GSO type, length of the headers, GSO
-/// size, start of the checksum, its offset; in the host's byte order (linux/virtio_net.h, legacy).
+/// size, start of the checksum, its offset; in the host's byte order (`linux/virtio_net.h`, legacy).
 fn shorten(mut vnet: [u8; VNET]) -> [u8; VNET] {
     for at in [2, 6] {
         let offset = u16::from_ne_bytes([vnet[at], vnet[at + 1]]).saturating_sub(LEN as u16);
@@ -342,7 +342,7 @@ fn shorten(mut vnet: [u8; VNET]) -> [u8; VNET] {
     vnet
 }
 
-/// CLOCK_MONOTONIC in nanoseconds, as the programs read it.
+/// `CLOCK_MONOTONIC` in nanoseconds, as the programs read it.
 fn now() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| Duration::from(t).as_nanos() as u64)
 }

@@ -137,7 +137,7 @@ impl Netlink {
         Ok(!replies.is_empty())
     }
 
-    /// Makes an sch_fq that keeps departure times the root qdisc.
+    /// Makes an `sch_fq` that keeps departure times the root qdisc.
     pub fn set_root_fq(&mut self, index: u32) -> Result<()> {
         let mut message = TcMessage::with_index(index as i32);
         message.header.parent = TcHandle::ROOT;
@@ -199,7 +199,7 @@ impl Netlink {
     }
 }
 
-/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)` of linux/pkt_sched.h.
+/// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)` of `linux/pkt_sched.h`.
 const FILTERS_INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff2 };
 /// `TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_EGRESS)`.
 const FILTERS_EGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0xfff3 };
@@ -222,7 +222,7 @@ fn clsact(index: u32) -> TcMessage {
     message
 }
 
-/// Options of sch_fq (linux/pkt_sched.h, `TCA_FQ_*`): room for everything a delay holds back, a horizon beyond the longest
+/// Options of `sch_fq` (`linux/pkt_sched.h`, `TCA_FQ_*`): room for everything a delay holds back, a horizon beyond the longest
 /// delay, and no pacing of packets that are none of ours.
 fn fq_options() -> Vec<TcOption> {
     const PLIMIT: u16 = 1;
