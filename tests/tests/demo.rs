@@ -18,6 +18,7 @@ fn in_a_shop(defect: Option<&str>, f: impl FnOnce(&mut Shop) -> Result<()>) -> R
         binaries: bin_dir(),
         defect: defect.map(ToOwned::to_owned),
         memory: 256 << 20,
+        cpus: 1.0,
     };
     let mut shop = Shop::open(&options)?;
     let result = f(&mut shop);

@@ -34,7 +34,8 @@ fn a_stream_is_measured() -> Result<()> {
 fn a_shop_opens_and_leaves_nothing() -> Result<()> {
     need_root()?;
     let before = HostState::capture(&bin_dir())?;
-    let options = ShopOptions { tag: "shop".into(), binaries: bin_dir(), defect: None, memory: 256 << 20 };
+    let options =
+        ShopOptions { tag: "shop".into(), binaries: bin_dir(), defect: None, memory: 256 << 20, cpus: 1.0 };
     let mut shop = Shop::open(&options)?;
     let pid = shop.service().pid();
     ensure!(shop.cgroup().processes()?.contains(&pid.cast_signed()), "the service is in its cgroup");

@@ -27,6 +27,8 @@ use crate::{builds, setup, workspace};
 
 /// Memory limit of the recommender.
 const MEMORY: u64 = 256 << 20;
+/// CPUs that the recommender may use.
+const CPUS: f64 = 1.0;
 /// How the plan names the recommender; replaced by the name of the shop.
 const NAME_IN_PLAN: &str = "squall-demo";
 /// Longest time for the controller to end its faults after a signal.
@@ -114,6 +116,7 @@ async fn play(options: &Options, binaries: &Path, runs: &Path) -> Result<u8> {
         binaries: binaries.to_owned(),
         defect: defect.clone(),
         memory: MEMORY,
+        cpus: CPUS,
     })?;
     println!(
         "the shop is open: {}, with {}",

@@ -32,6 +32,8 @@ pub struct ShopOptions {
     pub defect: Option<String>,
     /// Memory limit of the recommender's cgroup, bytes.
     pub memory: u64,
+    /// CPUs that the recommender's cgroup may use, so that whatever burns them leaves some to those who watch.
+    pub cpus: f64,
 }
 
 /// A running shop. Everything is gone again when it is dropped.
@@ -66,6 +68,7 @@ impl Shop {
         )?;
         let cgroup = Cgroup::new(&name)?;
         cgroup.limit_memory(options.memory)?;
+        cgroup.limit_cpus(options.cpus)?;
 
         let redis = start_redis(&redis_netns, dir.path())?;
         let mut command = service_netns.command(options.binaries.join("recommender"));
