@@ -3,7 +3,7 @@
 //! It lives by orders on its standard input, one line of JSON each, and answers each with one line. It ends at once
 //! when that input ends, because then the agent is dead, and by itself at the time it was last given, also when the
 //! agent is stopped and says nothing. Neither depends on `PR_SET_PDEATHSIG`, which fires when the *thread* that
-//! started the child ends [`prctl(2)`].
+//! started the child ends `prctl(2)`.
 //!
 //! Its first act is to close inherited descriptors and to move itself into the cgroup, before it allocates anything
 //! that would be charged elsewhere. Its `oom_score_adj` does not come from the agent, which may be protected:

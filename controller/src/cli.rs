@@ -105,7 +105,7 @@ pub(crate) enum ProgressMode {
 /// Commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run the rounds of a plan, print the verdict, write runs/<id>/
+    /// Run the rounds of a plan, print the verdict, write `runs/ID/`
     Run {
         /// The plan, a YAML file
         plan: PathBuf,
