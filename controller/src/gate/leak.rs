@@ -218,10 +218,12 @@ impl Kept {
     /// What would decide.
     fn more(&self, limit: f64) -> String {
         let factors = (1..=16).map(|i| 1.25_f64.powi(i));
+        // The same as comparing the ends of the interval with the limit, without having to look for those ends.
         let decided = |factor: &f64| {
-            let minutes = self.minutes * factor;
-            let longer = Self { growth: self.growth * factor, minutes, ..*self };
-            longer.upper() <= limit * minutes || longer.lower() > limit * minutes
+            let (growth, allowed) = (self.growth.max(0.0) * factor, limit * self.minutes * factor);
+            let over = growth - self.step - self.give_back;
+            stats::poisson_at_least(over, allowed) < ALPHA_BLOCK
+                || 1.0 - stats::poisson_at_least(growth + 1.0, allowed - self.give_back) <= ALPHA_PASS
         };
         match factors.into_iter().find(decided) {
             Some(factor) => format!("hold at least {} to decide", time((self.seconds * factor).ceil())),

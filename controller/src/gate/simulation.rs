@@ -101,7 +101,7 @@ const DEMO: (u64, u64, u64) = (6, 12, 8);
 /// The demo where every recovery ends as early as it can.
 const BRISK: (u64, u64, u64) = (6, 12, 5);
 
-const SEEDS: u64 = 200;
+const SEEDS: u64 = 100;
 
 /// One long round.
 const LONG: (u64, u64, u64) = (30, 90, 30);
@@ -133,7 +133,7 @@ fn warming(by: f64, constant: f64) -> Service {
 #[case::warm_up(warming(80.0, 10.0))]
 #[case::high_warm_up(warming(200.0, 3.0))]
 fn wrong_answers_are_rare(#[case] service: Service) {
-    for (rounds, seconds) in [(5, DEMO), (5, BRISK), (1, LONG)] {
+    for (rounds, seconds) in [(5, DEMO), (1, LONG)] {
         let at = |leak| rates(rounds, seconds, Service { leak, ..service });
         let (_, failed) = at(0.0);
         assert!(failed <= 0.0, "no leak failed in {failed}");
