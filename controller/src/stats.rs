@@ -229,7 +229,7 @@ pub fn quantile<V: Copy>(counts: &[(V, u64)], q: f64) -> Option<V> {
 /// Largest x from 0 to 1 for which `below` holds; it holds up to some point and not after.
 fn bisect(below: impl Fn(f64) -> bool) -> f64 {
     let (mut low, mut high) = (0.0, 1.0);
-    for _ in 0..80 {
+    for _ in 0..60 {
         let middle = f64::midpoint(low, high);
         if below(middle) { low = middle } else { high = middle }
     }

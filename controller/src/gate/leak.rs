@@ -26,8 +26,11 @@ const MIN_SAMPLES: usize = 3;
 /// Seconds after a fault in which requests in flight drain.
 const SETTLE: f64 = 2.0;
 
-/// By how much the give-back seen is stretched, as the largest fall yet is not the largest to come.
-const GIVE_BACK: f64 = 1.0;
+/// By how much the largest fall seen is stretched, as it is not the largest to come.
+const GIVE_BACK: f64 = 2.0;
+
+/// With fewer quiet stretches than this, what happens within faults is looked at too.
+const FEW_STRETCHES: usize = 4;
 
 /// Judges whether the gauge keeps at most `limit` a minute.
 pub(super) fn judge(scope: &Scope<'_>, probe: &str, limit: f64) -> Finding {
@@ -51,7 +54,13 @@ pub(super) fn judge(scope: &Scope<'_>, probe: &str, limit: f64) -> Finding {
         return finding;
     }
     let stretches = quiet(scope, &samples);
-    let Some(kept) = Kept::of(&samples, &stretches) else {
+    // From the baseline on to the end of the fault, which is before what is in flight drains.
+    let held = scope.rounds.iter().filter_map(|r| {
+        let (from, to) = (scope.span(Phase::Baseline, *r)?.from, scope.span(Phase::Fault, *r)?.to);
+        Some(samples.iter().copied().filter(|(at, _)| (from - 1e-6..=to).contains(at)).collect())
+    });
+    let held: Vec<Vec<(f64, f64)>> = held.collect();
+    let Some(kept) = Kept::of(&samples, &stretches, &held) else {
         finding.reason = format!(
             "there are not two quiet stretches with {MIN_SAMPLES} samples each to compare; \
              give the round a longer baseline and recovery"
@@ -98,7 +107,7 @@ pub(super) fn judge(scope: &Scope<'_>, probe: &str, limit: f64) -> Finding {
         }
     } else {
         let noise = if kept.give_back > 0.0 {
-            format!(" (it goes up and down by {} by itself)", trimmed(kept.give_back, 1))
+            format!(" (by itself it may go up and down by {})", trimmed(kept.give_back, 1))
         } else {
             String::new()
         };
@@ -157,7 +166,7 @@ struct Kept {
 }
 
 impl Kept {
-    fn of(samples: &[(f64, f64)], stretches: &[Vec<(f64, f64)>]) -> Option<Self> {
+    fn of(samples: &[(f64, f64)], stretches: &[Vec<(f64, f64)>], held: &[Vec<(f64, f64)>]) -> Option<Self> {
         let [head, .., tail] = stretches else { return None };
         let floors: Vec<f64> = stretches.iter().map(|s| floor(s)).collect();
         let (first, last) = (floors[0], floors[floors.len() - 1]);
@@ -166,7 +175,14 @@ impl Kept {
         let seconds = tail.last()?.0 - head.first()?.0;
         let values = |s: &Vec<(f64, f64)>| s.iter().map(|(_, v)| *v).collect::<Vec<_>>();
         let falls = stretches.iter().map(|s| largest_fall(&values(s)));
-        let give_back = falls.fold(largest_fall(&floors), f64::max);
+        let quiet = GIVE_BACK * falls.fold(largest_fall(&floors), f64::max);
+        // Few stretches are few chances to be seen falling, so falls up to the end of a fault count too, as they are: requests in
+        // flight make them larger already.
+        let give_back = if stretches.len() < FEW_STRETCHES {
+            held.iter().map(|s| largest_fall(&values(s))).fold(quiet, f64::max)
+        } else {
+            quiet
+        };
         let step = largest_step(samples, last, (minutes * 60.0 / 20.0).max(5.0));
         (minutes > 0.0).then_some(Self {
             first,
@@ -181,7 +197,7 @@ impl Kept {
 
     /// Growth that neither noise nor a warm-up explains.
     fn surely(&self) -> f64 {
-        self.growth - self.step - GIVE_BACK * self.give_back
+        self.growth - self.step - self.give_back
     }
 
     fn lower(&self) -> f64 {
@@ -190,7 +206,7 @@ impl Kept {
     }
 
     fn upper(&self) -> f64 {
-        stats::poisson_upper(self.growth, ALPHA_PASS) + GIVE_BACK * self.give_back
+        stats::poisson_upper(self.growth, ALPHA_PASS) + self.give_back
     }
 
     /// When the level first was past what may be kept, for good.
@@ -201,11 +217,13 @@ impl Kept {
 
     /// What would decide.
     fn more(&self, limit: f64) -> String {
-        let factors = (1..=40).map(|i| 1.1_f64.powi(i));
+        let factors = (1..=16).map(|i| 1.25_f64.powi(i));
+        // The same as comparing the ends of the interval with the limit, without having to look for those ends.
         let decided = |factor: &f64| {
-            let minutes = self.minutes * factor;
-            let longer = Self { growth: self.growth * factor, minutes, ..*self };
-            longer.upper() <= limit * minutes || longer.lower() > limit * minutes
+            let (growth, allowed) = (self.growth.max(0.0) * factor, limit * self.minutes * factor);
+            let over = growth - self.step - self.give_back;
+            stats::poisson_at_least(over, allowed) < ALPHA_BLOCK
+                || 1.0 - stats::poisson_at_least(growth + 1.0, allowed - self.give_back) <= ALPHA_PASS
         };
         match factors.into_iter().find(decided) {
             Some(factor) => format!("hold at least {} to decide", time((self.seconds * factor).ceil())),

@@ -14,6 +14,8 @@ mod oom;
 mod recovery;
 mod share;
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;

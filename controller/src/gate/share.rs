@@ -155,7 +155,7 @@ fn more(worst: &Share, best: Option<&Share>, limit: f64, scope: &Scope<'_>) -> S
         worst.longer(factor).upper(ALPHA_PASS) <= limit
             || best.is_some_and(|b| b.longer(factor).lower(ALPHA_BLOCK) > limit)
     };
-    let factors = (1..=60).map(|i| 1.1_f64.powi(i));
+    let factors = (1..=20).map(|i| 1.25_f64.powi(i));
     match factors.into_iter().find(|f| decided(*f)) {
         Some(factor) => format!(
             "hold the fault {} in all, or ask for {} times the load, to decide",
