@@ -17,7 +17,7 @@ use crate::{setup, target_dir, tools};
 pub(crate) struct Kernel {
     /// The kernel image.
     pub(crate) image: PathBuf,
-    /// Its modules: /lib/modules/<release>.
+    /// Its modules: `/lib/modules/RELEASE`.
     modules: PathBuf,
 }
 
