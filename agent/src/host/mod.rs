@@ -2,6 +2,7 @@
 
 pub mod bpf;
 pub mod cgroup;
+pub mod line;
 #[expect(unsafe_code, reason = "maps and locks memory")]
 pub mod memory;
 pub mod netns;
