@@ -9,5 +9,7 @@ pub mod netns;
 pub mod port;
 #[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range")]
 pub mod proc;
+pub mod resolve;
+pub mod sockets;
 pub mod tap;
 pub mod tc;
