@@ -187,8 +187,8 @@ fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
             [("baseline", round.baseline), ("fault", round.hold), ("recovery up to", round.recovery)];
         let phases: Vec<String> = phases.iter().map(|(name, d)| format!("{name} {}", time(*d))).collect();
         let _ = writeln!(text, "\nROUND {}  {}", round.name, phases.join(", "));
-        for (order, armed) in faults {
-            fault_text(&mut text, agents, order, armed);
+        for ((order, armed), warnings) in faults.iter().zip(plan::warnings(plan, index)) {
+            fault_text(&mut text, agents, order, armed, &warnings);
         }
         gates_text(&mut text, plan, Some(index));
     }
@@ -200,13 +200,23 @@ fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
     text
 }
 
-fn fault_text(text: &mut String, agents: &[Agent], order: &Order, armed: &Result<Armed, NotArmed>) {
+fn fault_text(
+    text: &mut String,
+    agents: &[Agent],
+    order: &Order,
+    armed: &Result<Armed, NotArmed>,
+    warnings: &[String],
+) {
+    let mark = if armed.is_ok() { "✔ ok" } else { "✖ no" };
+    let _ = writeln!(text, "  {mark}   {}", order.summary);
+    for warning in warnings {
+        let _ = writeln!(text, "           ! warning  {warning}");
+    }
     match armed {
         Err(e) => {
-            let _ = writeln!(text, "  ✖ no   {}\n           {e}", order.summary);
+            let _ = writeln!(text, "           {e}");
         }
         Ok(armed) => {
-            let _ = writeln!(text, "  ✔ ok   {}", order.summary);
             for (agent, injection) in armed {
                 let resolved = injection.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default();
                 let _ = writeln!(
@@ -264,11 +274,12 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame])
             "warnings": i.warnings,
         })
     };
-    let fault = |(order, armed): &(Order, Result<Armed, NotArmed>)| match armed {
+    let fault = |(order, armed): &(Order, Result<Armed, NotArmed>), warnings: &[String]| match armed {
         Ok(armed) => {
-            json!({ "fault": order.summary, "injections": armed.iter().map(injection).collect::<Vec<_>>() })
+            let injections: Vec<Value> = armed.iter().map(injection).collect();
+            json!({ "fault": order.summary, "warnings": warnings, "injections": injections })
         }
-        Err(e) => json!({ "fault": order.summary, "error": e.to_string() }),
+        Err(e) => json!({ "fault": order.summary, "warnings": warnings, "error": e.to_string() }),
     };
     let rounds: Vec<Value> = plan
         .rounds
@@ -276,12 +287,13 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame])
         .zip(&checked.faults)
         .enumerate()
         .map(|(index, (round, faults))| {
+            let warnings = plan::warnings(plan, index);
             json!({
                 "name": round.name,
                 "baseline_seconds": round.baseline.as_secs_f64(),
                 "hold_seconds": round.hold.as_secs_f64(),
                 "recovery_seconds": round.recovery.as_secs_f64(),
-                "faults": faults.iter().map(fault).collect::<Vec<_>>(),
+                "faults": faults.iter().zip(&warnings).map(|(f, w)| fault(f, w)).collect::<Vec<_>>(),
                 "gates": round.gates.iter().map(|g| gate_json(g, plan, Some(index))).collect::<Vec<_>>(),
             })
         })
