@@ -327,4 +327,45 @@ mod tests {
         let given = v1::Fault { kind: Some(v1::fault::Kind::Network(given)) };
         assert_eq!(seed_of(seeded(given, 1, 0, 0)), 7);
     }
+
+    const PLAN: &str = "
+apiVersion: squall.dev/v1
+kind: Plan
+metadata: { name: test }
+targets: { web: { process: { exe: web } } }
+rounds:
+  - name: first
+    hold: 2s
+    gates: [ { oom: { target: web } } ]
+    faults:
+      - network: { on: web, delay: { latency: 1s, jitter: 1s } }
+      - network: { on: web, to: '10.0.0.7:80', loss: 5% }
+";
+
+    #[tokio::test]
+    async fn what_may_surprise_is_told_beside_its_fault() {
+        let fake = crate::fake::Fake::start("node-a").await;
+        let agents = std::slice::from_ref(&fake.agent);
+        let plan = plan::parse(Path::new("plan.yaml"), PLAN).expect("a plan");
+        let checked = dry_run(&plan, agents, "check", 1).await.expect("checked");
+        assert!(checked.problems(agents, &plan).is_empty());
+        let text = as_text(&plan, agents, &checked);
+        let faults: Vec<&str> = text.lines().skip_while(|l| !l.starts_with("ROUND")).skip(1).collect();
+        insta::assert_snapshot!(faults.join("\n"), @r"
+        ✔ ok   network web ↔ everyone: delay 1s ±1s
+                 ! warning  the delay is of each packet, not of each request: a round trip takes 2s longer, and a request may need several
+                 ! warning  jitter lets packets overtake each other, which TCP may take for loss; keepOrder keeps their order
+                 node-a  web pid 7  by 
+        ✔ ok   network web ↔ 10.0.0.7:80: loss 5%
+                 ! warning  no packet reaches this: the first fault that matches takes it, and `network web ↔ everyone: delay 1s ±1s` matches all of these; put this one before it, or both in one fault
+                 node-a  web pid 7  by 
+        gate   oom: web ≤ 0 kills
+                 ✔ needs 1 samples of web, gets about 32: enough
+        ");
+        let json = as_json(&plan, agents, &checked, &[]);
+        let warnings =
+            |n: usize| json["rounds"][0]["faults"][n]["warnings"].as_array().expect("a list").len();
+        assert_eq!((warnings(0), warnings(1)), (2, 1));
+        assert_eq!(json["ok"], true);
+    }
 }

@@ -112,6 +112,9 @@ pub(crate) enum Command {
     Run {
         /// The plan, a YAML file
         plan: PathBuf,
+        /// Seed from which the seeds of all faults are drawn, instead of the plan's; to run again what ran before
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// Validate a plan, resolve its targets, ask every agent what it can do; change nothing
     Check {
