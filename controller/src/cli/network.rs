@@ -107,7 +107,7 @@ struct DelayArgs {
     #[arg(long, value_name = "SHARE", value_parser = parse(units::part))]
     reorder: Option<f64>,
     /// So likely a packet overtakes where the one before did
-    #[arg(long, value_name = "SHARE", value_parser = parse(units::share), requires = "reorder")]
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::correlation), requires = "reorder")]
     reorder_correlation: Option<f64>,
     /// Delay at least N-1 packets between two that are sent at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "reorder")]
@@ -122,7 +122,7 @@ struct LossArgs {
     #[arg(long, value_name = "SHARE", value_parser = parse(units::part))]
     loss: Option<f64>,
     /// So likely a packet is lost where the one before was
-    #[arg(long, value_name = "SHARE", value_parser = parse(units::share), requires = "loss")]
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::correlation), requires = "loss")]
     loss_correlation: Option<f64>,
     /// Lose packets in bursts, by Gilbert and Elliott: chance to turn bad, to turn good again (100%-P), loss while
     /// bad (100%), loss while good (0%)
@@ -154,13 +154,13 @@ struct DamageArgs {
     #[arg(long, value_name = "SHARE", value_parser = parse(units::part))]
     duplicate: Option<f64>,
     /// So likely a packet is sent twice where the one before was
-    #[arg(long, value_name = "SHARE", value_parser = parse(units::share), requires = "duplicate")]
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::correlation), requires = "duplicate")]
     duplicate_correlation: Option<f64>,
     /// Flip a bit in this share of packets
     #[arg(long, value_name = "SHARE", value_parser = parse(units::part))]
     corrupt: Option<f64>,
     /// So likely a packet is damaged where the one before was
-    #[arg(long, value_name = "SHARE", value_parser = parse(units::share), requires = "corrupt")]
+    #[arg(long, value_name = "SHARE", value_parser = parse(units::correlation), requires = "corrupt")]
     corrupt_correlation: Option<f64>,
     /// Make the checksum right again, so that the receiver takes the damaged packet
     #[arg(long, requires = "corrupt")]
@@ -304,12 +304,7 @@ impl InjectNetwork {
                 chance: chance(Some(ratio), reordered.reorder_correlation),
                 gap: reordered.gap.unwrap_or_default(),
             }),
-            rate: self.rate.rate.map(|bits_per_second| v1::Rate {
-                bits_per_second,
-                burst_bytes: self.rate.burst.unwrap_or_default(),
-                limit_bytes: self.rate.limit.unwrap_or_default(),
-                overhead_bytes: self.rate.overhead.unwrap_or_default(),
-            }),
+            rate: self.rate.rate()?,
             partition: match (cutting.partition, cutting.refuse) {
                 (_, true) => Some(Partition::Refuse),
                 (true, false) => Some(Partition::Silent),
@@ -340,6 +335,8 @@ fn shown(Clash { field, message, fix }: Clash) -> Wrong {
             let fix = "give --delay, --loss, --partition, or another flag of `squall inject network --help`";
             (message, fix.into())
         }
+        "delay.jitter" => (format!("--jitter: {message}"), fix),
+        "delay.keepOrder" => (format!("--keep-order: {message}"), fix),
         "delay.correlation" => (format!("--correlation: {message}"), fix),
         "delay.distribution" => (format!("--distribution: {message}"), fix),
         "dns" => (format!("--dns-…: {message}"), fix),
@@ -410,6 +407,14 @@ impl LossArgs {
             every: self.loss_every.unwrap_or_default(),
         };
         (loss != v1::Loss::default()).then_some(loss)
+    }
+}
+
+impl RateArgs {
+    fn rate(&self) -> Result<Option<v1::Rate>, Wrong> {
+        let Some(bits) = self.rate else { return Ok(None) };
+        let made = network::rate(bits, self.burst, self.limit, self.overhead);
+        made.map(Some).map_err(|(message, fix)| (format!("--rate: {message}"), fix))
     }
 }
 
@@ -586,6 +591,11 @@ mod tests {
             "--loss-every 0",
             "--corrupt-silent",
             "--rate 10",
+            "--rate 10bit",
+            "--rate 10mbit --limit 1GiB",
+            "--loss 5% --loss-correlation 100%",
+            "--delay 1s --jitter 2s",
+            "--delay 1s --keep-order",
             "--burst 32KiB",
             "--partition --loss 5% --reorder 5%",
             "--refuse --rate 1mbit",

@@ -3,15 +3,18 @@
 //! What a packet suffers is kept as the protocol's messages, which say it all; the functions here that make them let
 //! nothing wrong into them, and [`Network::check`] looks at the whole.
 
-use std::{fmt::Write as _, path::Path, time::Duration};
+use std::{fmt::Write as _, ops::RangeInclusive, path::Path, time::Duration};
 
 use squall_proto::v1;
 
 use super::{
     cover,
     fault::{bytes_shown, nanos, percent, time},
-    units::{self, Wrong, plain},
+    units::{self, LONGEST_DELAY, Wrong, plain},
 };
+
+/// Rates that an agent keeps, bits a second.
+const RATES: RangeInclusive<u64> = 1_000..=100_000_000_000;
 
 /// What a network fault does, and to which packets.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -212,6 +215,39 @@ pub(crate) fn four_state(p13: f64, rest: [Option<f64>; 4]) -> Result<v1::FourSta
     Ok(model)
 }
 
+/// A rate with its burst and its queue, bytes, and what is added to each packet, bytes.
+pub(crate) fn rate(
+    bits_per_second: u64,
+    burst: Option<u64>,
+    limit: Option<u64>,
+    overhead: Option<i32>,
+) -> Result<v1::Rate, Wrong> {
+    if !RATES.contains(&bits_per_second) {
+        let message = format!("{} cannot be kept", bits_shown(bits_per_second));
+        return Err((message, "expected 1kbit to 100gbit; partition lets nothing pass".into()));
+    }
+    let most = u128::from(bits_per_second) / 8 * u128::from(LONGEST_DELAY.as_secs());
+    for (name, bytes) in [("burst", burst), ("limit", limit)] {
+        if bytes.is_some_and(|bytes| u128::from(bytes) > most) {
+            let message = format!("at {}, this {name} lasts more than 60s", bits_shown(bits_per_second));
+            return Err((message, format!("give at most {most}B")));
+        }
+    }
+    let overhead_bytes = overhead.unwrap_or_default();
+    if overhead_bytes.unsigned_abs() > 1500 {
+        return Err((
+            format!("an overhead of {overhead_bytes} is more than a packet"),
+            "give -1500 to 1500".into(),
+        ));
+    }
+    Ok(v1::Rate {
+        bits_per_second,
+        burst_bytes: burst.unwrap_or_default(),
+        limit_bytes: limit.unwrap_or_default(),
+        overhead_bytes,
+    })
+}
+
 /// What DNS queries get; the names and addresses are right already.
 pub(crate) fn dns(
     names: Vec<String>,
@@ -341,11 +377,6 @@ impl Network {
                     let message = format!("{why}, and `{name}` is another protocol");
                     clash("to", &message, "change its protocol, or leave it out");
                 }
-                let dns = |(first, last): &(u16, u16)| (*first..=*last).contains(&53);
-                if self.dns.is_some() && !peer.ports.is_empty() && !peer.ports.iter().any(dns) {
-                    let message = format!("queries go to port 53, which is none of `{name}`");
-                    clash("to", &message, "remove its ports, or name 53");
-                }
             }
         }
         let whole = [(String::new(), Address::default())];
@@ -368,6 +399,13 @@ impl Network {
             if !matches!(delay.distribution(), v1::Distribution::Unspecified | v1::Distribution::Uniform) {
                 clash("delay.distribution", "without jitter nothing is drawn", fix);
             }
+            if delay.keep_order {
+                clash("delay.keepOrder", "without jitter no packet overtakes another", fix);
+            }
+        }
+        if delay.jitter_ns > delay.latency_ns {
+            let fix = format!("give at most the latency, {}", time(Duration::from_nanos(delay.latency_ns)));
+            clash("delay.jitter", "a packet cannot leave before it came", &fix);
         }
         if delay.keep_order {
             let fix = "remove one of them";
@@ -532,12 +570,15 @@ fn loss_words(loss: &v1::Loss) -> String {
     }
 }
 
-fn rate_words(rate: &v1::Rate) -> String {
-    let bits = rate.bits_per_second;
+/// `10mbit`, in the largest unit that is exact.
+fn bits_shown(bits: u64) -> String {
     let units = [(1_000_000_000, "gbit"), (1_000_000, "mbit"), (1000, "kbit")];
     let exact = units.iter().find(|(unit, _)| bits.is_multiple_of(*unit));
-    let shown = exact.map_or_else(|| format!("{bits}bit"), |(unit, name)| format!("{}{name}", bits / unit));
-    let mut text = format!("rate {shown}");
+    exact.map_or_else(|| format!("{bits}bit"), |(unit, name)| format!("{}{name}", bits / unit))
+}
+
+fn rate_words(rate: &v1::Rate) -> String {
+    let mut text = format!("rate {}", bits_shown(rate.bits_per_second));
     if rate.burst_bytes > 0 {
         let _ = write!(text, " burst {}", bytes_shown(rate.burst_bytes));
     }

@@ -9,7 +9,7 @@ use squall_proto::v1;
 use super::{Address, Protocol};
 
 /// The longest time that an agent holds a packet.
-const LONGEST_DELAY: Duration = Duration::from_mins(1);
+pub(crate) const LONGEST_DELAY: Duration = Duration::from_mins(1);
 /// Most entries of a distribution's table (`dist` in net/sched/sch_netem.c, Linux 6.12: 16384).
 const LONGEST_TABLE: usize = 16384;
 /// Names of DSCP code points (RFC 2474, 2597, 3246, 5865, 8622).
@@ -95,6 +95,16 @@ pub(crate) fn part(text: &str) -> Result<f64, Wrong> {
     match share(text)? {
         0.0 => wrong("zero does nothing", "give more than 0, or leave it out"),
         part => Ok(part),
+    }
+}
+
+/// How likely a packet suffers what the one before did: a [`share`] of less than all.
+pub(crate) fn correlation(text: &str) -> Result<f64, Wrong> {
+    let correlation = share(text)?;
+    if correlation < 1.0 {
+        Ok(correlation)
+    } else {
+        wrong("a correlation of all would never leave the first decision", "give less than 100%")
     }
 }
 
@@ -290,8 +300,13 @@ pub(crate) fn host(text: &str) -> Result<String, Wrong> {
     let label = |label: &str| {
         (1..=63).contains(&label.len())
             && label.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
     };
-    if name.len() > 253 || !name.strip_suffix('.').unwrap_or(name).split('.').all(label) {
+    let labels = name.strip_suffix('.').unwrap_or(name);
+    // A resolver takes a last label of digits for a part of an address.
+    let number = |label: &str| label.chars().all(|c| c.is_ascii_digit());
+    if labels.len() > 253 || !labels.split('.').all(label) || labels.rsplit('.').next().is_some_and(number) {
         return wrong(format!("`{name}` is no host name"), "expected a name such as redis.internal");
     }
     Ok(name.to_owned())
@@ -520,10 +535,10 @@ mod tests {
 
     #[test]
     fn names_of_hosts() {
-        for good in ["redis", "redis.internal.", "_sip._tcp.a-b.c", "0x.de"] {
+        for good in ["redis", "redis.internal.", "_sip._tcp.a-b.c", "0x.de", "1.2.3.a"] {
             assert_eq!(host(good).as_deref(), Ok(good));
         }
-        for bad in ["", ".", "a..b", "a b", "*.a", "fd00::1", "10.0.0.7", &"a".repeat(64), &"a.".repeat(127)]
+        for bad in ["", ".", "a..b", "a b", "*.a", "fd00::1", "10.0.0.7", &"a".repeat(64), &"a.".repeat(128)]
         {
             assert!(host(bad).is_err(), "{bad}");
         }

@@ -83,6 +83,10 @@ fn part(at: &At<'_>) -> Option<f64> {
     unit(at, "a percentage: 5%", units::part)
 }
 
+fn correlation(at: &At<'_>) -> Option<f64> {
+    unit(at, "a percentage: 25%", units::correlation)
+}
+
 fn held(at: &At<'_>) -> Option<Duration> {
     unit(at, "a length of time: 300ms, 2s", units::held)
 }
@@ -117,7 +121,7 @@ fn chance<T: Default>(
     };
     let mut fields = at.fields(&expected)?;
     let ratio = fields.require("ratio", "5%").and_then(|at| part(&at));
-    let correlation = maybe(&mut fields, "correlation", share);
+    let correlation = maybe(&mut fields, "correlation", correlation);
     let more = more(&mut fields);
     fields.finish();
     Some((v1::Chance { ratio: ratio?, correlation: correlation?.unwrap_or_default() }, more?))
@@ -173,7 +177,7 @@ fn loss(at: &At<'_>) -> Option<v1::Loss> {
     };
     let mut fields = at.fields(EXPECTED)?;
     let ratio = maybe(&mut fields, "ratio", part);
-    let correlation = maybe(&mut fields, "correlation", share);
+    let correlation = maybe(&mut fields, "correlation", correlation);
     let gilbert_elliott = maybe(&mut fields, "gilbertElliott", gilbert_elliott);
     let four_state = maybe(&mut fields, "state", four_state);
     let every = maybe(&mut fields, "every", |at| at_least_1(at, "10"));
@@ -221,8 +225,7 @@ fn rate(at: &At<'_>) -> Option<v1::Rate> {
     const EXPECTED: &str =
         "a rate such as 1mbit, or { rate: 10mbit, burst: 32KiB, limit: 1MiB, overhead: 14 }";
     let Value::Map(_) = at.value else {
-        let bits_per_second = unit(at, EXPECTED, units::bit_rate)?;
-        return Some(v1::Rate { bits_per_second, ..v1::Rate::default() });
+        return made(at, network::rate(unit(at, EXPECTED, units::bit_rate)?, None, None, None));
     };
     let mut fields = at.fields(EXPECTED)?;
     let rate = fields.require("rate", "10mbit").and_then(|at| unit(&at, "a rate: 10mbit", units::bit_rate));
@@ -230,12 +233,7 @@ fn rate(at: &At<'_>) -> Option<v1::Rate> {
     let limit = maybe(&mut fields, "limit", bytes);
     let overhead = maybe(&mut fields, "overhead", |at| at.int("a number of bytes, such as 14"));
     fields.finish();
-    Some(v1::Rate {
-        bits_per_second: rate?,
-        burst_bytes: burst?.unwrap_or_default(),
-        limit_bytes: limit?.unwrap_or_default(),
-        overhead_bytes: overhead?.unwrap_or_default(),
-    })
+    made(at, network::rate(rate?, burst?, limit?, overhead?))
 }
 
 /// Inner none for `partition: false`.
