@@ -130,11 +130,16 @@ pub(crate) fn kills(n: f64) -> String {
 /// The measures of an effect in one line: `1 204 packets dropped, delay p50 2.01s p99 2.28s, TCP RTT 41ms → 2.05s`.
 #[must_use]
 pub(crate) fn effects(figures: &[Figure]) -> String {
+    effects_as(figures, effect).join(", ")
+}
+
+/// The measures of an effect, those that belong together as one, each other one as `alone` says it.
+#[must_use]
+pub(crate) fn effects_as(figures: &[Figure], alone: impl Fn(&Figure) -> String) -> Vec<String> {
     let find = |name: &str| figures.iter().find(|f| f.name == name);
     let mut parts: Vec<String> = Vec::new();
     for figure in figures {
         match figure.name.as_str() {
-            // Quantiles belong together, and so do a figure of before and of now.
             name if name.starts_with("delay_p") => {
                 let quantile = format!("p{} {}", &name["delay_p".len()..], value(figure.value, &figure.unit));
                 match parts.iter_mut().find(|part| part.starts_with("delay p")) {
@@ -148,10 +153,10 @@ pub(crate) fn effects(figures: &[Figure]) -> String {
                 let now = value(figure.value, &figure.unit);
                 parts.push(format!("TCP RTT {}{now}", before.unwrap_or_default()));
             }
-            _ => parts.push(effect(figure)),
+            _ => parts.push(alone(figure)),
         }
     }
-    parts.join(", ")
+    parts
 }
 
 /// A measure of an effect: `1 204 packets dropped`, `cpu usage 89.9%`.

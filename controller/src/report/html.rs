@@ -463,6 +463,7 @@ mod tests {
     fn the_page_is_well_formed_and_loads_nothing() {
         let page = sample_html();
         balanced(&page);
+        assert!(page.contains("delay p50 2.01s p90 2.24s p99 2.3s, TCP RTT 400µs → 4.02s"));
         for refused in [
             "<script",
             "src=",
