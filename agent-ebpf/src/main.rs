@@ -109,6 +109,12 @@ impl Lookup for Maps<'_> {
     }
 }
 
+/// Nothing: what any program costs, to be taken off what ours cost.
+#[classifier]
+pub fn squall_empty(_ctx: TcContext) -> i32 {
+    NEXT
+}
+
 /// Packets that leave.
 #[classifier]
 pub fn squall_egress(ctx: TcContext) -> i32 {

@@ -108,6 +108,7 @@ fn metrics_address(text: &str) -> Result<MetricsAddress, String> {
 }
 
 fn main() -> ExitCode {
+    host::memory::one_arena();
     let cli = Cli::parse();
     if let Some(Command::Stress(args)) = cli.command {
         return stress::main(&args);
