@@ -88,7 +88,9 @@ impl Program {
     fn hook(self) -> TcAttachType {
         match self {
             Self::Port(Direction::Egress) | Self::LineOut | Self::TapOut => TcAttachType::Egress,
-            Self::Port(Direction::Ingress) | Self::LineIn | Self::TapIn | Self::Empty => TcAttachType::Ingress,
+            Self::Port(Direction::Ingress) | Self::LineIn | Self::TapIn | Self::Empty => {
+                TcAttachType::Ingress
+            }
         }
     }
 }

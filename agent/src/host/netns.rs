@@ -48,7 +48,8 @@ impl Netns {
     /// A new namespace, which ends when this is dropped.
     pub fn scratch() -> Result<Self> {
         run_in_new(|| {
-            let file = File::open("/proc/thread-self/ns/net").context("opening a network namespace just made")?;
+            let file =
+                File::open("/proc/thread-self/ns/net").context("opening a network namespace just made")?;
             let inode = file.metadata()?.ino();
             Ok(Self { file, inode })
         })

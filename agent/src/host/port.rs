@@ -18,7 +18,7 @@ use squall_common::{
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, prefixes},
-    table::{CLAUSES, Cell, Dimension, Direction, Lane, LANES, RULES, Rule},
+    table::{CLAUSES, Cell, Dimension, Direction, LANES, Lane, RULES, Rule},
 };
 
 use super::{
@@ -108,7 +108,9 @@ impl Support {
         match (&self.no_tap, interface.link_header) {
             (Some(reason), _) => bail!("packets on {name} cannot be changed: no TAP queue ({reason})"),
             (None, Some(14)) => Ok(()),
-            (None, _) => bail!("packets on {name} cannot be changed: that needs an interface with Ethernet headers"),
+            (None, _) => {
+                bail!("packets on {name} cannot be changed: that needs an interface with Ethernet headers")
+            }
         }
     }
 }
@@ -477,8 +479,7 @@ impl Port {
         table.link_header.store(u64::from(link_header));
         table.ifindex.store(u64::from(interface.index));
         table.outside.store(u64::from(outside));
-        let desk =
-            Arc::new(Desk { table, delays: Arc::clone(programs.delays()), dns: Mutex::default() });
+        let desk = Arc::new(Desk { table, delays: Arc::clone(programs.delays()), dns: Mutex::default() });
         Ok(Self {
             support,
             netns,
@@ -801,7 +802,13 @@ impl Port {
         Ok(device)
     }
 
-    fn start(&mut self, device: Device, lane: Lane, hook: Direction, answers: Option<std::fs::File>) -> Result<()> {
+    fn start(
+        &mut self,
+        device: Device,
+        lane: Lane,
+        hook: Direction,
+        answers: Option<std::fs::File>,
+    ) -> Result<()> {
         let index = lane.index(hook);
         let tap = device.start(index, Arc::clone(&self.desk), answers)?;
         self.programs.table().lane[index].store(u64::from(tap.index()));
@@ -1145,7 +1152,8 @@ mod tests {
         let port = Mutex::new(scratch().expect("root, and a kernel with eBPF"));
         let rules = vec((vec(clauses(), 1..5), actions(), proptest::bool::weighted(0.9)), 1..6);
         let traffic = vec((frames(), any::<bool>()), 20..60);
-        let mut runner = TestRunner::new(Config { cases: 200, failure_persistence: None, ..Config::default() });
+        let mut runner =
+            TestRunner::new(Config { cases: 200, failure_persistence: None, ..Config::default() });
         let result = runner.run(&(rules, traffic), |(rules, traffic)| {
             let mut port = lock(&port);
             let netns = Arc::clone(&port.netns);
@@ -1170,7 +1178,8 @@ mod tests {
             for (i, (way, frame, verdict)) in verdicts.expect("run").into_iter().enumerate() {
                 let ethertype = u16::from_be_bytes([frame[12], frame[13]]);
                 let packet = packet::parse(&frame[..], ethertype, 0, 14, way);
-                let judged = packet.and_then(|p| models.iter_mut().find_map(|(_, model)| model.judge(&p, way)));
+                let judged =
+                    packet.and_then(|p| models.iter_mut().find_map(|(_, model)| model.judge(&p, way)));
                 prop_assert_eq!(verdict, judged.unwrap_or(NEXT), "packet {} {:?} {:?}", i, way, packet);
             }
             for (rule, model) in &models {
