@@ -95,6 +95,18 @@ pub fn mean(sample: &[f64]) -> (f64, f64) {
     (mean, if sample.len() < 2 { f64::INFINITY } else { (variance / n).sqrt() })
 }
 
+/// The share of hits, and half the width of its 99 % interval, where hits may come in bursts: from fifty parts, which are
+/// taken to be independent of each other, so each must be much longer than a burst.
+#[must_use]
+pub fn share_of_parts(fates: &[bool]) -> (f64, f64) {
+    const PARTS: usize = 50;
+    /// Student's quantile for 49 degrees of freedom.
+    const T99: f64 = 2.68;
+    let parts = fates.chunks_exact((fates.len() / PARTS).max(1)).map(|part| Runs::of(part).rate());
+    let (mean, error) = mean(&parts.collect::<Vec<_>>());
+    (mean, T99 * error)
+}
+
 /// A sequence of fates: how many were hit, and in which runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Runs {
@@ -284,6 +296,11 @@ mod tests {
         let (_, error) = mean(&rates);
         let ratio = error * 20.0 / chain.deviation(5_000);
         assert!((0.85..1.15).contains(&ratio), "{ratio}");
+        // And the one that a single long sequence shows in its parts.
+        let (share, width) = share_of_parts(&walk(chain, 200_000, 9));
+        let ratio = width / (2.68 * chain.deviation(200_000));
+        assert!((0.7..1.3).contains(&ratio), "{ratio}");
+        assert!((share - chain.rate()).abs() < width, "{share}");
     }
 
     #[test]

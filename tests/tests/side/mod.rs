@@ -100,8 +100,8 @@ impl Duel {
             id: unique("injection"),
             target: Some(Target { kind: Some(target::Kind::Interface(selector)) }),
             fault: Some(Fault { kind: Some(fault::Kind::Network(fault)) }),
-            duration_ns: 600 * SECOND,
-            lease_ns: 600 * SECOND,
+            duration_ns: 240 * SECOND,
+            lease_ns: 240 * SECOND,
             dry_run: false,
         };
         let made = self.client.inject(request).await?.into_inner().injections;
