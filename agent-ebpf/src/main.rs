@@ -4,36 +4,39 @@
 //! |---|---|
 //! | `squall_egress`, `squall_ingress` | the interface, kernel 5.12 and later |
 //! | `squall_egress_510`, `squall_ingress_510` | the interface, kernels whose atomics return no value |
-//! | `squall_tap_out`, `squall_tap_in` | the TAP devices whose queue in the agent delays packets |
+//! | `squall_line_out`, `squall_line_in` | both ends of the veth pair between which `sch_fq` holds packets |
+//! | `squall_tap_out`, `squall_tap_in` | the TAP devices whose queue in the agent holds, changes or answers packets |
 //!
 //! All of them return -1 for what is not theirs, which is `TCX_NEXT` under TCX and `TC_ACT_UNSPEC` in a classifier: the
 //! next program or filter has its turn.
 
 #![no_std]
 #![no_main]
-#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(unsafe_code, reason = "eBPF is helpers and raw pointers")]
 #![expect(clippy::inline_always, reason = "a call costs registers and the verifier's patience")]
 #![expect(clippy::needless_pass_by_value, reason = "aya's macros pass the context so")]
 #![expect(missing_docs, unreachable_pub, reason = "the macros of aya export programs and maps by symbol")]
 
-mod atomic;
 mod skb;
 
 use aya_ebpf::{
+    Global,
     bindings::TC_ACT_SHOT,
-    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns, bpf_ktime_get_ns},
+    helpers::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns},
     macros::{classifier, map},
-    maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, lpm_trie::Key},
     programs::TcContext,
 };
 use squall_common::{
-    decide::{self, Fate},
+    decide::{self, COPY, Mode},
     histogram::{self, BUCKETS},
     matching::{self, Lookup},
-    packet::{self, Address},
-    table::{Bucket, CIDRS, Direction, HISTOGRAM, LOCAL_PORTS, PORTS, RULES, Rule, Table},
-    tap,
+    packet::{self, Address, Packet},
+    table::{
+        Bucket, CGROUPS, CIDRS, Dimension, Direction, FLOWS, Flow, HISTOGRAM, Lane, QUANTILES, RULES, Rule,
+        SETS, TABLES, Table,
+    },
+    tap::{self, Job},
 };
 
 use crate::skb::{Note, Skb, redirect};
@@ -44,26 +47,40 @@ const MMAPABLE: u32 = 1 << 10;
 const NEXT: i32 = -1;
 /// Nobody paces a packet further ahead than this; such a time stamp is of another clock.
 const FARTHEST: u64 = 60_000_000_000;
-/// A rule's index travels above the departure time, which is a time since boot and fits below for nine years.
-const RULE_SHIFT: u32 = 58;
+/// Flag of a TCP header.
+const RST: u8 = 0x04;
+
+/// Not 0 where the kernel knows the cgroup (v2) of a socket. Elsewhere the verifier never sees the helpers.
+#[unsafe(no_mangle)]
+static SOCKET_CGROUPS: Global<u8> = Global::new(0);
 
 #[map]
 static TABLE: Array<Table> = Array::with_max_entries(1, MMAPABLE);
 #[map]
-static PORT_SETS: Array<u64> = Array::with_max_entries(PORTS as u32, MMAPABLE);
+static VALUE_SETS: Array<u64> = Array::with_max_entries(SETS as u32, MMAPABLE);
 #[map]
 static DELAYS: Array<Bucket> = Array::with_max_entries(HISTOGRAM as u32, MMAPABLE);
+#[map]
+static DISTRIBUTIONS: Array<[i16; QUANTILES]> = Array::with_max_entries(TABLES as u32, 0);
 #[map]
 static PEERS_V4: LpmTrie<[u8; 4], u64> = LpmTrie::with_max_entries(CIDRS, 0);
 #[map]
 static PEERS_V6: LpmTrie<[u8; 16], u64> = LpmTrie::with_max_entries(CIDRS, 0);
-/// Sequence numbers where an atomic cannot give them: one count for each CPU and rule.
+/// Clauses by the id of a cgroup (v2).
 #[map]
-static SEQUENCE: PerCpuArray<u64> = PerCpuArray::with_max_entries(RULES as u32, 0);
+static CGROUP_SETS: HashMap<u64, u64> = HashMap::with_max_entries(CGROUPS, 0);
+/// What rules remember of flows.
+#[map]
+static FLOW_TABLE: LruHashMap<u64, Flow> = LruHashMap::with_max_entries(FLOWS, 0);
 
-struct Maps;
+struct Maps<'a> {
+    skb: &'a Skb<'a>,
+    link_header: usize,
+    hook: Direction,
+    packet: &'a Packet,
+}
 
-impl Lookup for Maps {
+impl Lookup for Maps<'_> {
     #[inline(always)]
     fn peer(&self, address: Address) -> u64 {
         match address {
@@ -74,13 +91,21 @@ impl Lookup for Maps {
     }
 
     #[inline(always)]
-    fn peer_port(&self, port: u16) -> u64 {
-        PORT_SETS.get(u32::from(port)).copied().unwrap_or(0)
+    fn value(&self, dimension: Dimension, value: u16) -> u64 {
+        VALUE_SETS.get(dimension.base() as u32 + u32::from(value)).copied().unwrap_or(0)
     }
 
     #[inline(always)]
-    fn local_port(&self, port: u16) -> u64 {
-        PORT_SETS.get(LOCAL_PORTS as u32 + u32::from(port)).copied().unwrap_or(0)
+    fn cgroup(&self) -> u64 {
+        if SOCKET_CGROUPS.load() == 0 {
+            return 0;
+        }
+        let id = match self.hook {
+            Direction::Egress => self.skb.cgroup_id(),
+            Direction::Ingress => self.skb.receivers_cgroup_id(self.link_header, self.packet),
+        };
+        // SAFETY: the agent never removes an entry while the value is copied from a map that is not preallocated per CPU.
+        unsafe { CGROUP_SETS.get(&id) }.copied().unwrap_or(0)
     }
 }
 
@@ -109,82 +134,327 @@ pub fn squall_ingress_510(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn port<const FETCH: bool>(ctx: &TcContext, way: Direction) -> i32 {
+fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     let Some(table) = TABLE.get(0) else { return NEXT };
     let skb = Skb::new(ctx);
+    let mut whole = true;
     if let Some(note) = skb.note(table) {
-        return second_pass(&skb, note, way);
+        skb.clear_note();
+        if note.job() != Note::SEGMENT {
+            // It was here before, and has done its time.
+            return NEXT;
+        }
+        whole = false;
     }
+    let way = if table.outside.load() == 0 { hook } else { hook.other() };
     let live = matching::live(table, way);
     if live == 0 {
         return NEXT;
     }
     let link_header = table.link_header.load() as usize & 0xff;
-    let Some(packet) = packet::parse(&skb, skb.ethertype(), link_header, way) else { return NEXT };
-    let mut set = matching::candidates(table, live, &packet, &Maps);
+    let Some(packet) = packet::parse(&skb, skb.ethertype(), skb.vlan(), link_header, way) else { return NEXT };
+    let maps = Maps { skb: &skb, link_header, hook, packet: &packet };
+    let mut set = matching::candidates(table, live, &packet, &maps);
     if set == 0 {
         return NEXT;
     }
     // SAFETY: the helper takes no argument and cannot fail.
     let now = unsafe { bpf_ktime_get_boot_ns() };
-    // A rule that has not begun or is over must not shadow those behind it.
+    // A rule that has not begun or is over, or makes an exception of this packet, must not shadow those behind it.
     for _ in 0..RULES {
         if set == 0 {
             break;
         }
-        let clause = set.trailing_zeros() as usize & (RULES - 1);
+        let clause = set.trailing_zeros() as usize & 63;
         let index = table.rule_of[clause].load() as usize & (RULES - 1);
         let rule = &table.rules[index];
-        if rule.acts_at(now) {
-            return act::<FETCH>(ctx, &skb, way, table, index, rule, now);
+        if table.except.load() & (1 << clause) == 0 && rule.acts_at(now) {
+            let at = Place { ctx, skb: &skb, hook, table, index, rule, boot: now };
+            return at.act::<FETCH>(&packet, whole);
         }
-        set &= set - 1;
+        set &= !table.clauses_of[index].load();
     }
     NEXT
 }
 
-#[inline(always)]
-fn act<const FETCH: bool>(
-    ctx: &TcContext,
-    skb: &Skb<'_>,
-    way: Direction,
-    table: &Table,
+/// A packet that a rule is about.
+struct Place<'a> {
+    ctx: &'a TcContext,
+    skb: &'a Skb<'a>,
+    /// Which way the packet passes the interface.
+    hook: Direction,
+    table: &'a Table,
     index: usize,
-    rule: &Rule,
-    now: u64,
-) -> i32 {
-    let n = if FETCH {
-        atomic::fetch_add(&rule.matched, 1)
-    } else {
-        atomic::add(&rule.matched, 1);
-        sequence(index)
-    };
-    atomic::add(&rule.bytes, u64::from(skb.len()));
-    if rule.first_match.load() == 0 {
-        rule.first_match.store(now);
-        aya_log_ebpf::info!(ctx, "interface {}: rule {} has its first packet", skb.ifindex(), index);
-    }
-    match decide::fate(&rule.action(), n) {
-        Fate::Pass => NEXT,
-        Fate::Drop => {
-            atomic::add(&rule.dropped, 1);
-            lose(way)
+    rule: &'a Rule,
+    /// `CLOCK_BOOTTIME` in nanoseconds.
+    boot: u64,
+}
+
+impl Place<'_> {
+    #[inline(always)]
+    fn act<const FETCH: bool>(&self, packet: &Packet, whole: bool) -> i32 {
+        let Self { ctx, skb, hook, rule, index, .. } = *self;
+        let action = &rule.action;
+        let segments = skb.segments();
+        if whole && segments > 1 && action.per_segment.load() != 0 {
+            return match self.open(Lane::Segment) {
+                Some(lane) => self.detour(lane, Job::Send as u64, 0, 0),
+                None => NEXT,
+            };
         }
-        Fate::Delay(by) => delay(skb, way, table, index, rule, by),
+        let n = if FETCH {
+            rule.matched.fetch_add(1)
+        } else {
+            // Two packets at the same moment may get the same number.
+            rule.matched.add(1);
+            rule.matched.load().wrapping_sub(1)
+        };
+        rule.segments.add(u64::from(segments));
+        rule.bytes.add(skb.wire_len(hook));
+        if rule.first_match.load() == 0 {
+            rule.first_match.store(self.boot);
+            aya_log_ebpf::info!(ctx, "interface {}: rule {} has its first packet", skb.ifindex(), index);
+        }
+        if !decide::touched(action, n, || packet.flow()) {
+            return NEXT;
+        }
+        let mode = action.mode.load();
+        if mode != Mode::Hurt as u64 {
+            return self.answer(packet, mode);
+        }
+        let twice = decide::duplicated(action, &rule.memory, n);
+        let lost = decide::lost(action, &rule.memory, n);
+        if twice {
+            rule.duplicated.add(1);
+        }
+        if lost {
+            rule.dropped.add(1);
+            if !twice {
+                return lose(hook);
+            }
+        }
+        // As netem does: of two copies of which one is lost, one remains; otherwise the second has a fate of its own.
+        if twice && !lost {
+            if decide::lost(action, &rule.memory, n | COPY) {
+                rule.dropped.add(1);
+            } else {
+                self.send_copy(packet, n | COPY);
+            }
+        }
+        self.send(packet, n)
+    }
+
+    /// Refuses, resets, cuts, or lets the agent look into DNS.
+    #[inline(always)]
+    fn answer(&self, packet: &Packet, mode: u64) -> i32 {
+        let job = if mode == Mode::Refuse as u64 {
+            Job::Refuse
+        } else if mode == Mode::Dns as u64 {
+            Job::Dns
+        } else {
+            // What ends a connection is nobody's to end.
+            if packet.tcp_flags.is_none_or(|flags| flags & RST != 0) {
+                return NEXT;
+            }
+            if mode == Mode::Cut as u64 {
+                let passed = self.flow(packet, |flow| {
+                    flow.bytes += self.skb.wire_len(self.hook);
+                    flow.bytes
+                });
+                if passed <= self.rule.action.cut_after.load() {
+                    return NEXT;
+                }
+            }
+            Job::Reset
+        };
+        match self.open(Lane::Work) {
+            Some(lane) => {
+                let now = monotonic();
+                self.detour(lane, job as u64, now, now)
+            }
+            None => NEXT,
+        }
+    }
+
+    /// When the packet may go, and how: `None` where it waits for too much already.
+    #[inline(always)]
+    fn fate(&self, packet: &Packet, n: u64, now: u64) -> Option<Fate> {
+        let (action, memory) = (&self.rule.action, &self.rule.memory);
+        let corrupt = decide::corrupted(action, memory, n);
+        let ahead = decide::ahead(action, memory, n);
+        let delay = if ahead {
+            0
+        } else {
+            decide::delay(action, memory, n, |table, at| match DISTRIBUTIONS.get(table as u32) {
+                Some(quantiles) => quantiles[(at >> 20) as usize & (QUANTILES - 1)],
+                None => 0,
+            })
+        };
+        let wait = decide::wait(action, memory, now, self.skb.wire_len(self.hook))?;
+        let by = delay + wait;
+        let mut due = now;
+        if by != 0 {
+            // TCP's own pacing (bbr) is a departure time too: add to it.
+            let from = match self.hook {
+                Direction::Egress => match self.skb.departure() {
+                    paced if paced > now && paced < now + FARTHEST => paced,
+                    _ => now,
+                },
+                Direction::Ingress => now,
+            };
+            due = from + by;
+        }
+        if action.keep_order.load() != 0 {
+            due = self.flow(packet, |flow| {
+                if flow.last > due && flow.last < due + FARTHEST {
+                    due = flow.last;
+                }
+                flow.last = due;
+                due
+            });
+        }
+        if ahead {
+            self.rule.reordered.add(1);
+        }
+        Some(Fate { corrupt, due })
+    }
+
+    /// Sends the packet on its way.
+    #[inline(always)]
+    fn send(&self, packet: &Packet, n: u64) -> i32 {
+        let now = monotonic();
+        let Some(fate) = self.fate(packet, n, now) else {
+            self.rule.dropped.add(1);
+            return lose(self.hook);
+        };
+        if fate.corrupt {
+            return match self.open(Lane::Work) {
+                Some(lane) => {
+                    if fate.due > now {
+                        self.rule.delayed.add(1);
+                    }
+                    self.detour(lane, self.corruption(), fate.due, now)
+                }
+                None => NEXT,
+            };
+        }
+        if fate.due <= now {
+            return NEXT;
+        }
+        let Some(lane) = self.open(Lane::Hold) else { return NEXT };
+        if self.table.line.load() == 0 || matches!(self.hook, Direction::Ingress) {
+            self.rule.delayed.add(1);
+            return self.detour(lane, self.order(), fate.due, now);
+        }
+        // The packet belongs to its socket until it leaves the queue, and TCP allows only a few there (TCP Small Queues).
+        // A clone has no owner: delay one, and lose the original without a word.
+        self.note(self.order(), fate.due, now);
+        if self.skb.clone_redirect(lane, false) {
+            self.rule.delayed.add(1);
+        } else {
+            self.rule.failed.add(1);
+        }
+        lose(self.hook)
+    }
+
+    /// Sends a second copy of the packet.
+    #[inline(always)]
+    fn send_copy(&self, packet: &Packet, n: u64) {
+        let now = monotonic();
+        let Some(fate) = self.fate(packet, n, now) else {
+            self.rule.dropped.add(1);
+            return;
+        };
+        let late = fate.due > now;
+        let detour = if fate.corrupt {
+            self.open(Lane::Work)
+        } else if late {
+            self.open(Lane::Hold)
+        } else {
+            None
+        };
+        let sent = match detour {
+            Some(lane) => {
+                self.note(if fate.corrupt { self.corruption() } else { self.order() }, fate.due, now);
+                self.skb.clone_redirect(lane, false)
+            }
+            None => {
+                self.note(0, 0, 0);
+                self.skb.clone_redirect(self.skb.ifindex(), matches!(self.hook, Direction::Ingress))
+            }
+        };
+        self.skb.clear_note();
+        if !sent {
+            self.rule.failed.add(1);
+        } else if late && detour.is_some() {
+            self.rule.delayed.add(1);
+        }
+    }
+
+    /// What is to be done with a packet that is only delayed.
+    #[inline(always)]
+    fn order(&self) -> u64 {
+        // Where packets may overtake, each is a flow of its own in sch_fq.
+        let action = &self.rule.action;
+        let overtakes = action.keep_order.load() == 0 && (action.jitter.load() | action.reorder.ratio.load()) != 0;
+        if self.table.line.load() != 0 && overtakes { Note::SHUFFLE } else { Job::Send as u64 }
+    }
+
+    #[inline(always)]
+    fn corruption(&self) -> u64 {
+        if self.rule.action.silent.load() == 0 { Job::Corrupt as u64 } else { Job::CorruptSilently as u64 }
+    }
+
+    /// The device of a lane, where there is one that lets packets out again.
+    #[inline(always)]
+    fn open(&self, lane: Lane) -> Option<u32> {
+        let index = lane.index(self.hook);
+        let device = self.table.lane[index].load();
+        (device != 0 && self.boot < self.table.open_until[index].load()).then_some(device as u32)
+    }
+
+    #[inline(always)]
+    fn note(&self, job: u64, due: u64, arrived: u64) {
+        self.skb.set_note(self.table, Note::new(self.index, job, due, arrived));
+    }
+
+    /// The verdict that sends the packet itself to a lane.
+    #[inline(always)]
+    fn detour(&self, lane: u32, job: u64, due: u64, arrived: u64) -> i32 {
+        self.note(job, due, arrived);
+        redirect(lane, false)
+    }
+
+    /// Looks at what the rule remembers of the packet's flow, and changes it.
+    #[inline(always)]
+    fn flow(&self, packet: &Packet, f: impl FnOnce(&mut Flow) -> u64) -> u64 {
+        let key = decide::hash(packet.flow(), self.index as u64, self.rule.not_before.load());
+        match FLOW_TABLE.get_ptr_mut(&key) {
+            // SAFETY: the value stays valid while the program runs. Two packets of a flow at the same moment may overwrite
+            // each other's change, which costs one packet's bytes.
+            Some(flow) => f(unsafe { &mut *flow }),
+            None => {
+                let mut flow = Flow::default();
+                let result = f(&mut flow);
+                // Where there is no memory the flow is new again next time.
+                let _full = FLOW_TABLE.insert(&key, &flow, 0);
+                result
+            }
+        }
     }
 }
 
-/// A sequence number without a fetching atomic: its own for each CPU.
+/// What becomes of one copy of a packet.
+struct Fate {
+    corrupt: bool,
+    /// `CLOCK_MONOTONIC` in nanoseconds; not later than now where it leaves at once.
+    due: u64,
+}
+
 #[inline(always)]
-fn sequence(index: usize) -> u64 {
+fn monotonic() -> u64 {
     // SAFETY: the helper takes no argument and cannot fail.
-    let cpu = u64::from(unsafe { bpf_get_smp_processor_id() });
-    let Some(count) = SEQUENCE.get_ptr_mut(index as u32) else { return 0 };
-    // SAFETY: the value is this CPU's own, and a tc program is not preempted by another on the same CPU.
-    let count = unsafe { &mut *count };
-    *count += 1;
-    let count = *count;
-    (cpu << 48) | count
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Loses a packet as a network would.
@@ -193,96 +463,83 @@ fn sequence(index: usize) -> u64 {
 /// host. A redirect to an interface that does not exist frees the packet and reports success, under TCX and in a
 /// classifier alike (`sch_handle_egress` and `skb_do_redirect`, Linux 5.10 net/core/dev.c and filter.c to 6.18).
 #[inline(always)]
-fn lose(way: Direction) -> i32 {
-    match way {
+fn lose(hook: Direction) -> i32 {
+    match hook {
         Direction::Egress => redirect(0, false),
         Direction::Ingress => TC_ACT_SHOT,
     }
 }
 
-/// Hands a packet to whatever holds packets here.
-#[inline(always)]
-fn delay(skb: &Skb<'_>, way: Direction, table: &Table, index: usize, rule: &Rule, by: u64) -> i32 {
-    // SAFETY: the helper takes no argument and cannot fail.
-    let now = unsafe { bpf_ktime_get_ns() };
-    // TCP's own pacing (bbr) is a departure time too: add to it.
-    let from = match way {
-        Direction::Egress => match skb.departure() {
-            paced if paced > now && paced < now + FARTHEST => paced,
-            _ => now,
-        },
-        Direction::Ingress => now,
-    };
-    let due = from + by;
-    let tap = match way {
-        Direction::Egress => table.tap[0].load(),
-        Direction::Ingress => table.tap[1].load(),
-    };
-    if tap != 0 {
-        atomic::add(&rule.delayed, 1);
-        skb.set_note(table, Note { due: due | (index as u64) << RULE_SHIFT, more: from });
-        return redirect(tap as u32, false);
+/// Packets into the line: they learn when to leave it. Nobody else may send here.
+#[classifier]
+pub fn squall_line_out(ctx: TcContext) -> i32 {
+    let Some(table) = TABLE.get(0) else { return TC_ACT_SHOT };
+    let skb = Skb::new(&ctx);
+    let Some(note) = skb.note(table) else { return TC_ACT_SHOT };
+    if note.job() == Note::SHUFFLE {
+        // A flow of its own in sch_fq, so that it may overtake.
+        skb.set_random_hash();
     }
-    if way == Direction::Ingress || table.edt.load() == 0 {
-        return NEXT;
-    }
-    // The packet belongs to its socket until it leaves the queue, and TCP allows only a few there (TCP Small Queues).
-    // A clone has no owner: send one through this program again, and lose the original without a word.
-    let shuffle = u64::from(rule.jitter.load() != 0);
-    skb.set_note(table, Note { due, more: shuffle });
-    if skb.clone_redirect(skb.ifindex()) {
-        atomic::add(&rule.delayed, 1);
-        if let Some(bucket) = DELAYS.get((index * BUCKETS + histogram::bucket(by)) as u32) {
-            atomic::add(&bucket.count, 1);
-            atomic::add(&bucket.sum, by);
-        }
-    } else {
-        atomic::add(&rule.failed, 1);
-    }
-    lose(way)
-}
-
-/// The packet was here before: on its way out it learns when to leave, otherwise it comes back from the queue.
-#[inline(always)]
-fn second_pass(skb: &Skb<'_>, note: Note, way: Direction) -> i32 {
-    skb.clear_note();
-    if way == Direction::Egress && note.due != 0 {
-        if note.more != 0 {
-            // A flow of its own in sch_fq, so that it may overtake.
-            skb.set_random_hash();
-        }
-        skb.set_departure(note.due);
-    }
+    skb.set_departure(note.due());
     NEXT
 }
 
-/// Packets into the queue: the header that tells it what to do. Nobody else may send here.
+/// Packets out of the line: measured, and back to where they were taken, past our own program.
+#[classifier]
+pub fn squall_line_in(ctx: TcContext) -> i32 {
+    let Some(table) = TABLE.get(0) else { return TC_ACT_SHOT };
+    let skb = Skb::new(&ctx);
+    // sch_fq has overwritten the first half of the note with its own (struct fq_skb_cb, net/sched/sch_fq.c).
+    let (rule, arrived) = skb.second_half();
+    let delay = Note::since(arrived, monotonic());
+    if let Some(bucket) = DELAYS.get((rule as usize * BUCKETS + histogram::bucket(delay)) as u32) {
+        bucket.count.add(1);
+        bucket.sum.add(delay);
+    }
+    skb.set_note(table, Note::new(0, 0, 0, 0));
+    // A packet that went in at one end comes out of the other.
+    let came_out = u64::from(skb.ifindex());
+    let to = table.ifindex.load() as u32;
+    if came_out == table.lane[Lane::Hold.index(Direction::Ingress)].load() {
+        redirect(to, false)
+    } else if came_out == table.lane[Lane::Hold.index(Direction::Egress)].load() {
+        redirect(to, true)
+    } else {
+        TC_ACT_SHOT
+    }
+}
+
+/// Packets into a queue: the header that tells it what to do. Nobody else may send here.
 #[classifier]
 pub fn squall_tap_out(ctx: TcContext) -> i32 {
     let Some(table) = TABLE.get(0) else { return TC_ACT_SHOT };
     let skb = Skb::new(&ctx);
     let Some(note) = skb.note(table) else { return TC_ACT_SHOT };
-    let rule = (note.due >> RULE_SHIFT) as usize & (RULES - 1);
+    let rule = note.rule();
     let header =
-        tap::Header { rule: rule as u16, arrived: note.more, due: note.due & ((1 << RULE_SHIFT) - 1) };
+        tap::Header { rule: rule as u16, job: note.job() as u8, arrived: note.arrived(), due: note.due() };
     if skb.push(&header.to_bytes()) {
         return NEXT;
     }
-    atomic::add(&table.rules[rule].failed, 1);
+    table.rules[rule & (RULES - 1)].failed.add(1);
     TC_ACT_SHOT
 }
 
-/// Packets out of the queue: back to where they were taken, past our own program.
+/// Packets out of a queue: back to where they were taken, past our own program or as segments to be decided on.
 #[classifier]
 pub fn squall_tap_in(ctx: TcContext) -> i32 {
     let Some(table) = TABLE.get(0) else { return TC_ACT_SHOT };
     let skb = Skb::new(&ctx);
     let from = u64::from(skb.ifindex());
     let to = table.ifindex.load() as u32;
-    skb.set_note(table, Note { due: 0, more: 0 });
-    if from == table.tap[0].load() {
+    let lane = |lane: Lane, hook: Direction| table.lane[lane.index(hook)].load() == from;
+    let segment = lane(Lane::Segment, Direction::Egress) || lane(Lane::Segment, Direction::Ingress);
+    skb.set_note(table, Note::new(0, if segment { Note::SEGMENT } else { 0 }, 0, 0));
+    let egress = |l: Lane| lane(l, Direction::Egress);
+    let ingress = |l: Lane| lane(l, Direction::Ingress);
+    if egress(Lane::Hold) || egress(Lane::Work) || egress(Lane::Segment) {
         redirect(to, false)
-    } else if from == table.tap[1].load() {
+    } else if ingress(Lane::Hold) || ingress(Lane::Work) || ingress(Lane::Segment) {
         redirect(to, true)
     } else {
         TC_ACT_SHOT

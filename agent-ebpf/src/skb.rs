@@ -6,14 +6,22 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_INGRESS},
+    bindings::{
+        __sk_buff, BPF_F_INGRESS, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+    },
     helpers::{
-        bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_skb_change_head,
+        bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_sk_cgroup_id,
+        bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_cgroup_id, bpf_skb_change_head,
         bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
-use squall_common::{packet::Bytes, table::Table, tap};
+use squall_common::{
+    packet::{Address, Bytes, Packet, Protocol, VLAN_ID},
+    table::{Direction, Table},
+    tap,
+};
 
 /// A packet, valid while the program runs.
 pub(crate) struct Skb<'a> {
@@ -22,13 +30,59 @@ pub(crate) struct Skb<'a> {
 }
 
 /// What our programs write on a packet for the next of them to read: `skb->cb`, which is the qdisc layer's own and
-/// travels with clones and redirects.
+/// travels with clones and redirects. Two numbers: when the packet leaves, and when it came; above each, what else is known.
 #[derive(Clone, Copy)]
 pub(crate) struct Note {
-    /// `CLOCK_MONOTONIC` nanoseconds at which the packet leaves; the rule's index above.
-    pub(crate) due: u64,
-    /// EDT: not 0 where it may overtake others. TAP: when it arrived.
-    pub(crate) more: u64,
+    first: u64,
+    second: u64,
+}
+
+/// Departure times are times since boot and fit below for nine years.
+const DUE_BITS: u32 = 58;
+/// Enough of an arrival time to tell delays of up to three days.
+const ARRIVED_BITS: u32 = 48;
+
+impl Note {
+    /// A job beside [`tap::Job`]'s: delay, and let it overtake others.
+    pub(crate) const SHUFFLE: u64 = 62;
+    /// A job beside [`tap::Job`]'s: this is a segment of a packet that was to be decided on segment by segment.
+    pub(crate) const SEGMENT: u64 = 63;
+
+    /// `due` and `arrived` are `CLOCK_MONOTONIC` in nanoseconds.
+    #[inline(always)]
+    pub(crate) fn new(rule: usize, job: u64, due: u64, arrived: u64) -> Self {
+        Self {
+            first: due | job << DUE_BITS,
+            second: (arrived & ((1 << ARRIVED_BITS) - 1)) | (rule as u64) << ARRIVED_BITS,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn job(self) -> u64 {
+        self.first >> DUE_BITS
+    }
+
+    #[inline(always)]
+    pub(crate) fn due(self) -> u64 {
+        self.first & ((1 << DUE_BITS) - 1)
+    }
+
+    #[inline(always)]
+    pub(crate) fn rule(self) -> usize {
+        (self.second >> ARRIVED_BITS) as usize
+    }
+
+    /// The lower bits of the arrival time; [`Note::since`] understands them.
+    #[inline(always)]
+    pub(crate) fn arrived(self) -> u64 {
+        self.second & ((1 << ARRIVED_BITS) - 1)
+    }
+
+    /// Nanoseconds from an arrival time to now.
+    #[inline(always)]
+    pub(crate) fn since(arrived: u64, now: u64) -> u64 {
+        now.wrapping_sub(arrived) & ((1 << ARRIVED_BITS) - 1)
+    }
 }
 
 macro_rules! field {
@@ -51,9 +105,82 @@ impl<'a> Skb<'a> {
         Self { ptr: ctx.skb.skb, _ctx: ctx }
     }
 
+    /// Length of the packet on the wire in bytes. Where it leaves, the headers of each segment count (`qdisc_skb_cb`'s
+    /// `pkt_len`); where it arrives, the kernel does not say.
     #[inline(always)]
-    pub(crate) fn len(&self) -> u32 {
-        field!(self, len)
+    pub(crate) fn wire_len(&self, hook: Direction) -> u64 {
+        u64::from(match hook {
+            Direction::Egress => field!(self, wire_len),
+            Direction::Ingress => field!(self, len),
+        })
+    }
+
+    /// Segments that will be made of the packet, at least 1.
+    #[inline(always)]
+    pub(crate) fn segments(&self) -> u32 {
+        match field!(self, gso_segs) {
+            0 => 1,
+            n => n,
+        }
+    }
+
+    /// Id of the VLAN tag that the kernel keeps beside the packet; 0 where there is none.
+    #[inline(always)]
+    pub(crate) fn vlan(&self) -> u16 {
+        if field!(self, vlan_present) == 0 { 0 } else { field!(self, vlan_tci) as u16 & VLAN_ID }
+    }
+
+    /// Id of the cgroup (v2) of the socket that sends the packet; 0 where no socket of this host does.
+    #[inline(always)]
+    pub(crate) fn cgroup_id(&self) -> u64 {
+        // SAFETY: the context is valid.
+        unsafe { bpf_skb_cgroup_id(self.ptr) }
+    }
+
+    /// Id of the cgroup (v2) of the socket that will receive the packet; 0 where there is none.
+    #[inline(always)]
+    pub(crate) fn receivers_cgroup_id(&self, link_header: usize, packet: &Packet) -> u64 {
+        let Some((peer, local)) = packet.ports else { return 0 };
+        // SAFETY: zeroes are a valid tuple.
+        let mut tuple: bpf_sock_tuple = unsafe { MaybeUninit::zeroed().assume_init() };
+        let size = match packet.peer {
+            Address::V4(saddr) => {
+                let Some(daddr) = self.read::<4>(link_header + 16) else { return 0 };
+                tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+                    saddr: u32::from_ne_bytes(saddr),
+                    daddr: u32::from_ne_bytes(daddr),
+                    sport: peer.to_be(),
+                    dport: local.to_be(),
+                };
+                size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>()
+            }
+            Address::V6(saddr) => {
+                let Some(daddr) = self.read::<16>(link_header + 24) else { return 0 };
+                tuple.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+                    saddr: words(saddr),
+                    daddr: words(daddr),
+                    sport: peer.to_be(),
+                    dport: local.to_be(),
+                };
+                size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>()
+            }
+        } as u32;
+        let own_netns = u64::from(u32::MAX);
+        let socket = match packet.protocol {
+            // SAFETY: the context is valid, and so is the tuple.
+            Protocol::Tcp => unsafe { bpf_sk_lookup_tcp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0) },
+            // SAFETY: as above.
+            Protocol::Udp => unsafe { bpf_sk_lookup_udp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0) },
+            _ => return 0,
+        };
+        if socket.is_null() {
+            return 0;
+        }
+        // SAFETY: the socket is valid until it is released.
+        let id = unsafe { bpf_sk_cgroup_id(socket.cast()) };
+        // SAFETY: the socket was found above, and is not used after this.
+        unsafe { bpf_sk_release(socket.cast()) };
+        id
     }
 
     #[inline(always)]
@@ -85,18 +212,29 @@ impl<'a> Skb<'a> {
         if field!(self, cb[0]) != guard {
             return None;
         }
-        let due = u64::from(field!(self, cb[1])) | u64::from(field!(self, cb[2])) << 32;
-        let more = u64::from(field!(self, cb[3])) | u64::from(field!(self, cb[4])) << 32;
-        Some(Note { due, more })
+        let first = u64::from(field!(self, cb[1])) | u64::from(field!(self, cb[2])) << 32;
+        Some(Note { first, second: self.second() })
+    }
+
+    #[inline(always)]
+    fn second(&self) -> u64 {
+        u64::from(field!(self, cb[3])) | u64::from(field!(self, cb[4])) << 32
+    }
+
+    /// Rule and arrival time of a note whose first half is gone.
+    #[inline(always)]
+    pub(crate) fn second_half(&self) -> (u64, u64) {
+        let note = Note { first: 0, second: self.second() };
+        (note.second >> ARRIVED_BITS, note.arrived())
     }
 
     #[inline(always)]
     pub(crate) fn set_note(&self, table: &Table, note: Note) {
         set_field!(self, table.guard.load() as u32, cb[0]);
-        set_field!(self, note.due as u32, cb[1]);
-        set_field!(self, (note.due >> 32) as u32, cb[2]);
-        set_field!(self, note.more as u32, cb[3]);
-        set_field!(self, (note.more >> 32) as u32, cb[4]);
+        set_field!(self, note.first as u32, cb[1]);
+        set_field!(self, (note.first >> 32) as u32, cb[2]);
+        set_field!(self, note.second as u32, cb[3]);
+        set_field!(self, (note.second >> 32) as u32, cb[4]);
     }
 
     #[inline(always)]
@@ -113,11 +251,12 @@ impl<'a> Skb<'a> {
         unsafe { bpf_set_hash(self.ptr, hash) };
     }
 
-    /// Sends a clone out of an interface.
+    /// Sends a clone out of an interface, or lets it arrive there.
     #[inline(always)]
-    pub(crate) fn clone_redirect(&self, ifindex: u32) -> bool {
+    pub(crate) fn clone_redirect(&self, ifindex: u32, ingress: bool) -> bool {
+        let flags = if ingress { u64::from(BPF_F_INGRESS) } else { 0 };
         // SAFETY: the context is valid.
-        (unsafe { bpf_clone_redirect(self.ptr, ifindex, 0) }) == 0
+        (unsafe { bpf_clone_redirect(self.ptr, ifindex, flags) }) == 0
     }
 
     /// Puts bytes in front of the packet.
@@ -130,6 +269,13 @@ impl<'a> Skb<'a> {
         // SAFETY: the context is valid, and so are as many bytes as the array has.
         (unsafe { bpf_skb_store_bytes(self.ptr.cast(), 0, bytes.as_ptr().cast(), tap::LEN as u32, 0) }) == 0
     }
+}
+
+/// An IPv6 address as the kernel has it in a tuple.
+#[inline(always)]
+fn words(bytes: [u8; 16]) -> [u32; 4] {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
+    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_ne_bytes)
 }
 
 /// The verdict that sends the packet of this program out of (or into) an interface.

@@ -2,6 +2,7 @@
 
 mod engine;
 mod fault;
+mod frame;
 mod host;
 mod journal;
 mod limits;

@@ -7,6 +7,7 @@
 #[allow(
     clippy::pedantic,
     clippy::allow_attributes_without_reason,
+    clippy::large_enum_variant,
     clippy::clone_on_ref_ptr,
     unused_qualifications,
     reason = "generated code; what it triggers varies by generator"

@@ -1,31 +1,141 @@
 //! What happens to the n-th packet of a rule. A decision is a hash of the seed and n: the same seed and the same
 //! sequence of packets give the same decisions, without a lock.
+//!
+//! Models with a memory keep it in cells of their rule, one for all CPUs. Two packets that are decided on at the same
+//! moment may both take their step from the same state; each is still a step of the model, so shares and distributions stay.
 
-/// What a rule does.
+use crate::table::Cell;
+
+/// What a rule does. `T` is a [`Cell`] in the map and a plain number in the agent.
+#[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Action {
-    /// [`threshold`] of the share of packets that are touched.
-    pub share: u64,
-    /// [`threshold`] of the share of those that are dropped.
-    pub loss: u64,
-    /// Delay in nanoseconds.
-    pub latency: u64,
-    /// Largest deviation from it in nanoseconds, uniform.
-    pub jitter: u64,
+pub struct Action<T> {
+    /// A [`Mode`].
+    pub mode: T,
     /// Seed of the decisions.
-    pub seed: u64,
+    pub seed: T,
+    /// [`threshold`] of the share of packets that are touched.
+    pub share: T,
+    /// [`threshold`] of the share of flows that are touched.
+    pub flow_share: T,
+    /// Packets sent twice.
+    pub duplicate: Chance<T>,
+    /// Packets with a bit flipped.
+    pub corrupt: Chance<T>,
+    /// Not 0: the checksum is made right after a bit was flipped.
+    pub silent: T,
+    /// Packets that are not delayed among those that are.
+    pub reorder: Chance<T>,
+    /// At least `gap - 1` packets are delayed between two that are not. At least 1.
+    pub gap: T,
+    /// A [`LossModel`].
+    pub loss_model: T,
+    /// [`threshold`] of the share that is lost, or every how many packets one is.
+    pub loss: T,
+    /// Markov chain of four states: for each the [`threshold`]s below which the next is 0, 1, 2; otherwise it is 3.
+    pub next: [[T; 3]; 4],
+    /// [`threshold`] of the loss in each state.
+    pub lose: [T; 4],
+    /// Delay in nanoseconds.
+    pub latency: T,
+    /// Largest deviation from it in nanoseconds (uniform), or the scale of the table.
+    pub jitter: T,
+    /// Weight of the draw before in the next, as netem's: 0 to 2^32.
+    pub rho: T,
+    /// 0: uniform; otherwise 1 + the index of a table of quantiles.
+    pub table: T,
+    /// Not 0: within a flow no packet overtakes another.
+    pub keep_order: T,
+    /// Nanoseconds a byte takes, times 2^24; 0: no limit to the rate.
+    pub byte_time: T,
+    /// Added to each packet's length in bytes; two's complement.
+    pub overhead: T,
+    /// Time that a full bucket of bytes takes, in nanoseconds.
+    pub burst: T,
+    /// Longest time for which bytes may queue for the rate, in nanoseconds.
+    pub backlog: T,
+    /// Bytes of a flow after which it is cut.
+    pub cut_after: T,
+    /// Not 0: GSO packets are segmented before anything is decided.
+    pub per_segment: T,
 }
 
-/// What happens to a packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    /// Nothing.
-    Pass,
-    /// It is lost.
-    Drop,
-    /// It leaves this many nanoseconds later. Never 0.
-    Delay(u64),
+/// How likely something is. `T` as in [`Action`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Chance<T> {
+    /// [`threshold`] of the share of packets.
+    pub ratio: T,
+    /// [`threshold`] of the chance that a packet suffers whatever the one before did. The share stays what it is.
+    pub repeat: T,
 }
+
+/// What models remember. `T` as in [`Action`].
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Memory<T> {
+    /// Whether the packet before was duplicated.
+    pub duplicated: T,
+    /// Whether it was corrupted.
+    pub corrupted: T,
+    /// Whether it was sent ahead.
+    pub ahead: T,
+    /// Packets delayed since one was sent ahead.
+    pub since: T,
+    /// State of the loss model.
+    pub state: T,
+    /// The last draw for a delay, 32 bits.
+    pub draw: T,
+    /// `CLOCK_MONOTONIC` in nanoseconds at which the rate is free again.
+    pub free_at: T,
+}
+
+/// What a rule does with a packet at large. The values of [`Action::mode`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Mode {
+    /// Duplicate, lose, corrupt, reorder, delay.
+    Hurt = 0,
+    /// Drop with an answer.
+    Refuse = 1,
+    /// End the TCP connection.
+    Reset = 2,
+    /// End the TCP connection after a number of bytes.
+    Cut = 3,
+    /// Hand it to the queue that knows DNS.
+    Dns = 4,
+}
+
+/// Models of loss. The values of [`Action::loss_model`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum LossModel {
+    /// None.
+    None = 0,
+    /// Each packet for itself.
+    Ratio = 1,
+    /// Every n-th.
+    Every = 2,
+    /// By a Markov chain.
+    Chain = 3,
+}
+
+/// What a draw is for. Draws for different things are independent.
+#[derive(Debug, Clone, Copy)]
+#[repr(u64)]
+enum Stream {
+    Share = 1,
+    Flow = 2,
+    Loss = 3,
+    Step = 4,
+    Delay = 5,
+    Duplicate = 6,
+    Corrupt = 8,
+    Reorder = 10,
+}
+
+/// Number of a packet's second copy, which is decided on for itself: above any number of packets.
+pub const COPY: u64 = 1 << 63;
 
 /// A ratio from 0 to 1 as a number to compare a 64-bit hash with. 1 becomes `u64::MAX`, which means "always".
 #[must_use]
@@ -34,30 +144,147 @@ pub fn threshold(ratio: f64) -> u64 {
     (ratio * 18_446_744_073_709_551_616.0) as u64
 }
 
-/// Decides the fate of packet number `n`.
+/// Whether packet `n` is touched at all.
 #[inline(always)]
 #[must_use]
-pub fn fate(action: &Action, n: u64) -> Fate {
-    if !hit(action.share, action.seed, n, 1) {
-        return Fate::Pass;
+pub fn touched(action: &Action<Cell>, n: u64, flow: impl FnOnce() -> u64) -> bool {
+    let seed = action.seed.load();
+    let share = action.flow_share.load();
+    if share != u64::MAX && hash(seed, flow(), Stream::Flow as u64) >= share {
+        return false;
     }
-    if hit(action.loss, action.seed, n, 2) {
-        return Fate::Drop;
-    }
-    match delay(action, n) {
-        0 => Fate::Pass,
-        by => Fate::Delay(by),
-    }
+    hit(action.share.load(), seed, n, Stream::Share as u64)
 }
 
-/// The delay of packet number `n` in nanoseconds: uniform in latency ± jitter, never below zero.
+/// Whether packet `n` is sent twice.
 #[inline(always)]
-fn delay(action: &Action, n: u64) -> u64 {
-    if action.jitter == 0 {
-        return action.latency;
+#[must_use]
+pub fn duplicated(action: &Action<Cell>, memory: &Memory<Cell>, n: u64) -> bool {
+    chance(&action.duplicate, &memory.duplicated, action.seed.load(), n, Stream::Duplicate)
+}
+
+/// Whether packet `n` gets a bit flipped.
+#[inline(always)]
+#[must_use]
+pub fn corrupted(action: &Action<Cell>, memory: &Memory<Cell>, n: u64) -> bool {
+    chance(&action.corrupt, &memory.corrupted, action.seed.load(), n, Stream::Corrupt)
+}
+
+/// Whether packet `n` is sent ahead of those that wait.
+#[inline(always)]
+#[must_use]
+pub fn ahead(action: &Action<Cell>, memory: &Memory<Cell>, n: u64) -> bool {
+    if action.reorder.ratio.load() == 0 {
+        return false;
     }
-    let offset = scale(2 * action.jitter + 1, hash(action.seed, n, 3) >> 32);
-    (action.latency + offset).saturating_sub(action.jitter)
+    let since = memory.since.load();
+    let ahead = since + 1 >= action.gap.load()
+        && chance(&action.reorder, &memory.ahead, action.seed.load(), n, Stream::Reorder);
+    memory.since.store(if ahead { 0 } else { since + 1 });
+    ahead
+}
+
+/// Whether packet `n` is lost.
+#[inline(always)]
+#[must_use]
+pub fn lost(action: &Action<Cell>, memory: &Memory<Cell>, n: u64) -> bool {
+    let model = action.loss_model.load();
+    let seed = action.seed.load();
+    if model == LossModel::Ratio as u64 {
+        return hit(action.loss.load(), seed, n, Stream::Loss as u64);
+    }
+    if model == LossModel::Every as u64 {
+        return ((n & !COPY) + 1).checked_rem(action.loss.load()) == Some(0);
+    }
+    if model != LossModel::Chain as u64 {
+        return false;
+    }
+    let row = &action.next[memory.state.load() as usize & 3];
+    let draw = hash(seed, n, Stream::Step as u64);
+    let mut state = 0;
+    if draw >= row[0].load() {
+        state += 1;
+    }
+    if draw >= row[1].load() {
+        state += 1;
+    }
+    if draw >= row[2].load() {
+        state += 1;
+    }
+    memory.state.store(state);
+    hit(action.lose[state as usize & 3].load(), seed, n, Stream::Loss as u64)
+}
+
+/// The delay of packet number `n` in nanoseconds, never below zero: uniform in latency ± jitter, or by a table of quantiles
+/// (each 8192 for one jitter). `quantile` gives the entry of a table at a place from 0 to 2^32.
+#[inline(always)]
+#[must_use]
+pub fn delay(
+    action: &Action<Cell>,
+    memory: &Memory<Cell>,
+    n: u64,
+    quantile: impl FnOnce(u64, u64) -> i16,
+) -> u64 {
+    let latency = action.latency.load();
+    let jitter = action.jitter.load();
+    if jitter == 0 {
+        return latency;
+    }
+    let mut draw = hash(action.seed.load(), n, Stream::Delay as u64) >> 32;
+    let rho = action.rho.load();
+    if rho != 0 {
+        // netem's get_crandom (net/sched/sch_netem.c, Linux 6.1). The sum stays below 2^64.
+        draw = (draw * ((1 << 32) - rho) + memory.draw.load() * rho) >> 32;
+        memory.draw.store(draw);
+    }
+    let table = action.table.load();
+    if table == 0 {
+        return (latency + scale(2 * jitter + 1, draw)).saturating_sub(jitter);
+    }
+    let away = (jitter as i64 * i64::from(quantile(table - 1, draw)) + 4096) >> 13;
+    let delay = latency as i64 + away;
+    if delay > 0 { delay as u64 } else { 0 }
+}
+
+/// For how many nanoseconds a packet of `len` bytes has to wait for the rate, its own time on the wire included. `None`
+/// where too much waits already.
+#[inline(always)]
+#[must_use]
+pub fn wait(action: &Action<Cell>, memory: &Memory<Cell>, now: u64, len: u64) -> Option<u64> {
+    let byte_time = action.byte_time.load();
+    if byte_time == 0 {
+        return Some(0);
+    }
+    let free_at = memory.free_at.load();
+    if free_at < now {
+        memory.free_at.store(now);
+    } else if free_at - now > action.backlog.load() {
+        return None;
+    }
+    let len = len.wrapping_add(action.overhead.load());
+    // Negative where the overhead says so.
+    let len = if len >> 63 == 0 { len } else { 0 };
+    // Packets on several CPUs add up, in whatever order.
+    memory.free_at.add((len * byte_time) >> 24);
+    Some(memory.free_at.load().saturating_sub(now).saturating_sub(action.burst.load()))
+}
+
+#[inline(always)]
+fn chance(chance: &Chance<Cell>, last: &Cell, seed: u64, n: u64, stream: Stream) -> bool {
+    let ratio = chance.ratio.load();
+    if ratio == 0 {
+        return false;
+    }
+    let repeat = chance.repeat.load();
+    if repeat == 0 {
+        return hit(ratio, seed, n, stream as u64);
+    }
+    if hit(repeat, seed, n, stream as u64 + 1) {
+        return last.load() != 0;
+    }
+    let now = hit(ratio, seed, n, stream as u64);
+    last.store(u64::from(now));
+    now
 }
 
 /// `range * fraction / 2^32` without 128-bit arithmetic, which eBPF has not. Exact for ranges below 2^63.
@@ -91,6 +318,126 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+#[cfg(any(test, feature = "user"))]
+mod user {
+    use super::{Action, Cell, Chance, LossModel, Memory, threshold};
+
+    impl Chance<Cell> {
+        fn store(&self, value: &Chance<u64>) {
+            self.ratio.store(value.ratio);
+            self.repeat.store(value.repeat);
+        }
+    }
+
+    impl Action<Cell> {
+        /// Replaces every field.
+        pub fn store(&self, value: &Action<u64>) {
+            // Everything that makes the rule do more comes after what limits it.
+            let pairs = [
+                (&self.seed, value.seed),
+                (&self.flow_share, value.flow_share),
+                (&self.share, value.share),
+                (&self.silent, value.silent),
+                (&self.gap, value.gap),
+                (&self.loss, value.loss),
+                (&self.table, value.table),
+                (&self.rho, value.rho),
+                (&self.keep_order, value.keep_order),
+                (&self.jitter, value.jitter),
+                (&self.latency, value.latency),
+                (&self.overhead, value.overhead),
+                (&self.burst, value.burst),
+                (&self.backlog, value.backlog),
+                (&self.byte_time, value.byte_time),
+                (&self.cut_after, value.cut_after),
+                (&self.per_segment, value.per_segment),
+            ];
+            for (cell, value) in pairs {
+                cell.store(value);
+            }
+            let chain = self.next.iter().flatten().zip(value.next.iter().flatten());
+            for (cell, value) in chain.chain(self.lose.iter().zip(&value.lose)) {
+                cell.store(*value);
+            }
+            self.duplicate.store(&value.duplicate);
+            self.corrupt.store(&value.corrupt);
+            self.reorder.store(&value.reorder);
+            self.loss_model.store(value.loss_model);
+            self.mode.store(value.mode);
+        }
+    }
+
+    impl Memory<Cell> {
+        /// Forgets everything.
+        pub fn clear(&self) {
+            let Self { duplicated, corrupted, ahead, since, state, draw, free_at } = self;
+            for cell in [duplicated, corrupted, ahead, since, state, draw, free_at] {
+                cell.store(0);
+            }
+        }
+    }
+
+    impl Chance<u64> {
+        /// Something that happens to this share of packets, and is so likely to happen again.
+        #[must_use]
+        pub fn new(ratio: f64, correlation: f64) -> Self {
+            Self { ratio: threshold(ratio), repeat: threshold(correlation) }
+        }
+    }
+
+    impl Action<u64> {
+        /// An action that touches every packet and does nothing to it.
+        #[must_use]
+        pub fn new(seed: u64) -> Self {
+            Self { seed, share: u64::MAX, flow_share: u64::MAX, gap: 1, ..Self::default() }
+        }
+
+        /// Loses packets by a chain: the chances of the next state for each state, and the loss in each.
+        #[must_use]
+        pub fn with_chain(mut self, steps: [[f64; 4]; 4], lose: [f64; 4]) -> Self {
+            self.loss_model = LossModel::Chain as u64;
+            self.next = steps.map(|[a, b, c, _]| [a, a + b, a + b + c].map(threshold));
+            self.lose = lose.map(threshold);
+            self
+        }
+
+        /// Loses a share of packets. With a correlation a packet is so likely to suffer what the one before did: a chain of
+        /// two states, in which the share stays.
+        #[must_use]
+        pub fn with_loss(mut self, ratio: f64, correlation: f64) -> Self {
+            if correlation > 0.0 && ratio > 0.0 && ratio < 1.0 {
+                let (enter, leave) = (ratio * (1.0 - correlation), (1.0 - ratio) * (1.0 - correlation));
+                let never = [1.0, 0.0, 0.0, 0.0];
+                let steps = [[1.0 - enter, enter, 0.0, 0.0], [leave, 1.0 - leave, 0.0, 0.0], never, never];
+                return self.with_chain(steps, [0.0, 1.0, 0.0, 0.0]);
+            }
+            self.loss = threshold(ratio);
+            self.loss_model = if ratio > 0.0 { LossModel::Ratio } else { LossModel::None } as u64;
+            self
+        }
+
+        /// netem's `loss gemodel`.
+        #[must_use]
+        pub fn with_gilbert_elliott(self, p: f64, r: f64, loss_bad: f64, loss_good: f64) -> Self {
+            let never = [1.0, 0.0, 0.0, 0.0];
+            let steps = [[1.0 - p, p, 0.0, 0.0], [r, 1.0 - r, 0.0, 0.0], never, never];
+            self.with_chain(steps, [loss_good, loss_bad, 0.0, 0.0])
+        }
+
+        /// netem's `loss state`: 1 received in a gap, 2 received in a burst, 3 lost in a burst, 4 lost in a gap.
+        #[must_use]
+        pub fn with_four_states(self, p13: f64, p31: f64, p32: f64, p23: f64, p14: f64) -> Self {
+            let steps = [
+                [1.0 - p13 - p14, 0.0, p13, p14],
+                [0.0, 1.0 - p23, p23, 0.0],
+                [p31, p32, 1.0 - p31 - p32, 0.0],
+                [1.0, 0.0, 0.0, 0.0],
+            ];
+            self.with_chain(steps, [0.0, 0.0, 1.0, 1.0])
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -100,8 +447,34 @@ mod tests {
 
     const MS: u64 = 1_000_000;
 
-    fn action(loss: f64, latency: u64, jitter: u64) -> Action {
-        Action { share: u64::MAX, loss: threshold(loss), latency, jitter, seed: 4711 }
+    fn memory() -> Memory<Cell> {
+        Memory::default()
+    }
+
+    fn cells(action: &Action<u64>) -> Action<Cell> {
+        let cells = Action::<Cell>::default();
+        cells.store(action);
+        cells
+    }
+
+    fn losses(action: Action<u64>, n: u64) -> Vec<bool> {
+        let (action, memory) = (cells(&action), memory());
+        (0..n).map(|i| lost(&action, &memory, i)).collect()
+    }
+
+    fn share(events: &[bool]) -> f64 {
+        events.iter().filter(|&&e| e).count() as f64 / events.len() as f64
+    }
+
+    /// Share of events among those right after an event.
+    fn after(events: &[bool]) -> f64 {
+        let next: Vec<bool> = events.windows(2).filter(|w| w[0]).map(|w| w[1]).collect();
+        share(&next)
+    }
+
+    fn delays(action: Action<u64>, n: u64) -> Vec<u64> {
+        let (action, memory) = (cells(&action), memory());
+        (0..n).map(|i| delay(&action, &memory, i, |_, at| crate::quantiles::NORMAL.at(at))).collect()
     }
 
     #[test]
@@ -109,55 +482,95 @@ mod tests {
         assert_eq!(threshold(0.0), 0);
         assert_eq!(threshold(1.0), u64::MAX);
         assert_eq!(threshold(0.5), 1 << 63);
-        assert!((0..1000).all(|n| fate(&action(1.0, 0, 0), n) == Fate::Drop));
-        assert!((0..1000).all(|n| fate(&action(0.0, 0, 0), n) == Fate::Pass));
+        assert!(losses(Action::new(1).with_loss(1.0, 0.0), 1000).iter().all(|&l| l));
+        assert!(!losses(Action::new(1).with_loss(0.0, 0.5), 1000).iter().any(|&l| l));
     }
 
     #[test]
     fn the_same_seed_gives_the_same_fates_and_another_seed_others() {
-        let a = action(0.3, 10 * MS, 5 * MS);
-        let b = Action { seed: 4712, ..a };
-        let draw = |a: &Action| (0..1000).map(|n| fate(a, n)).collect::<Vec<_>>();
-        assert_eq!(draw(&a), draw(&a));
-        assert_ne!(draw(&a), draw(&b));
+        let draw = |seed| losses(Action::new(seed).with_gilbert_elliott(0.1, 0.3, 0.9, 0.01), 1000);
+        assert_eq!(draw(4711), draw(4711));
+        assert_ne!(draw(4711), draw(4712));
     }
 
     #[test]
     fn loss_has_the_rate_asked_for_and_no_memory() {
         for (ratio, n) in [(0.01, 1_000_000_u64), (0.05, 400_000), (0.5, 100_000)] {
-            let lost: Vec<bool> = (0..n).map(|i| fate(&action(ratio, 0, 0), i) == Fate::Drop).collect();
-            let count = lost.iter().filter(|&&l| l).count() as f64;
-            let sigma = (n as f64 * ratio * (1.0 - ratio)).sqrt();
-            assert!((count - n as f64 * ratio).abs() < 4.0 * sigma, "{ratio}: {count} of {n}");
-            let pairs = lost.windows(2).filter(|w| w[0] && w[1]).count() as f64;
-            let expected = n as f64 * ratio * ratio;
-            assert!(
-                (pairs - expected).abs() < 5.0 * expected.sqrt(),
-                "{ratio}: {pairs} pairs, not {expected}"
-            );
+            let lost = losses(Action::new(4711).with_loss(ratio, 0.0), n);
+            let sigma = (ratio * (1.0 - ratio) / n as f64).sqrt();
+            assert!((share(&lost) - ratio).abs() < 4.0 * sigma, "{ratio}: {}", share(&lost));
+            let sigma = (ratio * (1.0 - ratio) / (n as f64 * ratio)).sqrt();
+            assert!((after(&lost) - ratio).abs() < 4.0 * sigma, "{ratio}: {} after a loss", after(&lost));
         }
     }
 
     #[test]
-    fn share_is_a_share_of_packets_and_loss_a_share_of_those() {
-        let a = Action { share: threshold(0.5), ..action(0.5, MS, 0) };
-        let n = 100_000;
-        let fates: Vec<Fate> = (0..n).map(|i| fate(&a, i)).collect();
-        let share = |f: Fate| fates.iter().filter(|&&x| x == f).count() as f64 / n as f64;
-        assert!((share(Fate::Pass) - 0.5).abs() < 0.01);
-        assert!((share(Fate::Drop) - 0.25).abs() < 0.01);
-        assert!((share(Fate::Delay(MS)) - 0.25).abs() < 0.01);
+    fn correlated_loss_keeps_its_rate_and_repeats_itself() {
+        let lost = losses(Action::new(1).with_loss(0.05, 0.25), 1_000_000);
+        assert!((share(&lost) - 0.05).abs() < 0.002, "{}", share(&lost));
+        assert!((after(&lost) - (0.25 + 0.75 * 0.05)).abs() < 0.01, "{}", after(&lost));
+    }
+
+    #[test]
+    fn gilbert_elliott_and_four_states_have_their_rates() {
+        let (p, r) = (0.02, 0.2);
+        let lost = losses(Action::new(1).with_gilbert_elliott(p, r, 1.0, 0.0), 1_000_000);
+        assert!((share(&lost) - p / (p + r)).abs() < 0.003, "{}", share(&lost));
+        assert!((after(&lost) - (1.0 - r)).abs() < 0.005, "{}", after(&lost));
+        // p14 alone: isolated losses.
+        let lost = losses(Action::new(1).with_four_states(0.0, 1.0, 0.0, 1.0, 0.1), 1_000_000);
+        assert!((share(&lost) - 0.1 / 1.1).abs() < 0.002, "{}", share(&lost));
+        assert_eq!(after(&lost), 0.0);
+        // p13 and p31 alone are a Gilbert model.
+        let lost = losses(Action::new(1).with_four_states(p, r, 0.0, 1.0, 0.0), 1_000_000);
+        assert!((share(&lost) - p / (p + r)).abs() < 0.003, "{}", share(&lost));
+    }
+
+    #[test]
+    fn every_nth_is_every_nth() {
+        let mut action = Action::new(1);
+        (action.loss_model, action.loss) = (LossModel::Every as u64, 4);
+        let lost = losses(action, 12);
+        let at: Vec<usize> = (0..12).filter(|&i| lost[i]).collect();
+        assert_eq!(at, [3, 7, 11]);
+    }
+
+    #[test]
+    fn a_share_of_flows_is_whole_flows() {
+        let action = cells(&Action { flow_share: threshold(0.3), ..Action::new(7) });
+        let flows: Vec<bool> = (0..10_000)
+            .map(|flow| {
+                let first = touched(&action, 0, || flow);
+                assert!((1..20).all(|n| touched(&action, n, || flow) == first));
+                first
+            })
+            .collect();
+        assert!((share(&flows) - 0.3).abs() < 0.02, "{}", share(&flows));
+    }
+
+    #[test]
+    fn what_repeats_keeps_its_share() {
+        let action = cells(&Action { duplicate: Chance::new(0.1, 0.5), ..Action::new(3) });
+        let memory = memory();
+        let twice: Vec<bool> = (0..400_000).map(|n| duplicated(&action, &memory, n)).collect();
+        assert!((share(&twice) - 0.1).abs() < 0.004, "{}", share(&twice));
+        assert!((after(&twice) - 0.55).abs() < 0.01, "{}", after(&twice));
+    }
+
+    #[test]
+    fn nothing_goes_ahead_within_the_gap() {
+        let action = cells(&Action { reorder: Chance::new(0.5, 0.0), gap: 5, ..Action::new(3) });
+        let memory = memory();
+        let at: Vec<u64> = (0..100_000).filter(|&n| ahead(&action, &memory, n)).collect();
+        assert!(at.windows(2).all(|w| w[1] - w[0] >= 5));
+        // Four that wait, then on the average two tries.
+        assert!((at.len() as f64 - 100_000.0 / 6.0).abs() < 300.0, "{}", at.len());
     }
 
     #[test]
     fn jitter_is_uniform() {
-        let a = action(0.0, 100 * MS, 50 * MS);
-        let mut delays: Vec<u64> = (0..100_000)
-            .map(|n| match fate(&a, n) {
-                Fate::Delay(by) => by,
-                other => panic!("{other:?}"),
-            })
-            .collect();
+        let mut delays =
+            delays(Action { latency: 100 * MS, jitter: 50 * MS, ..Action::new(4711) }, 100_000);
         delays.sort_unstable();
         for q in [1, 10, 25, 50, 75, 90, 99] {
             let at = delays[q * 1000] as f64 / MS as f64;
@@ -166,13 +579,53 @@ mod tests {
         assert!(delays[0] >= 50 * MS && delays[99_999] <= 150 * MS);
     }
 
+    #[test]
+    fn a_table_gives_its_distribution() {
+        let action = Action { latency: 100 * MS, jitter: 10 * MS, table: 1, ..Action::new(1) };
+        let mut delays = delays(action, 100_000);
+        delays.sort_unstable();
+        for (q, z) in [(2.275, -2.0), (15.866, -1.0), (50.0, 0.0), (84.134, 1.0), (97.725, 2.0)] {
+            let at = delays[(q * 1000.0) as usize] as f64 / MS as f64;
+            assert!((at - (100.0 + 10.0 * z)).abs() < 0.5, "{q}% is {at} ms");
+        }
+    }
+
+    #[test]
+    fn delays_that_are_correlated_resemble_each_other() {
+        let lag = |rho: u64| {
+            let action = Action { latency: 100 * MS, jitter: 50 * MS, rho, ..Action::new(1) };
+            let d: Vec<f64> = delays(action, 100_000).iter().map(|&d| d as f64).collect();
+            let mean = d.iter().sum::<f64>() / d.len() as f64;
+            let variance: f64 = d.iter().map(|x| (x - mean).powi(2)).sum();
+            d.windows(2).map(|w| (w[0] - mean) * (w[1] - mean)).sum::<f64>() / variance
+        };
+        assert!(lag(0).abs() < 0.02);
+        assert!((lag(1 << 31) - 0.5).abs() < 0.02);
+    }
+
+    #[test]
+    fn a_rate_is_kept_with_its_burst_and_its_limit() {
+        // 1 Mbit/s is 8 µs a byte.
+        let action = cells(&Action { byte_time: 8_000 << 24, backlog: 100 * MS, ..Action::new(1) });
+        let m = memory();
+        assert_eq!(wait(&action, &m, MS, 1000), Some(8 * MS));
+        assert_eq!(wait(&action, &m, MS, 1000), Some(16 * MS));
+        assert_eq!(wait(&action, &m, 5 * MS, 1000), Some(20 * MS));
+        let through = (0..100).filter(|_| wait(&action, &m, 5 * MS, 1000).is_some()).count();
+        assert_eq!(through, 11, "what waits 100 ms and one more");
+        let action = cells(&Action { burst: 24 * MS, ..Action { byte_time: 8_000 << 24, backlog: 100 * MS, ..Action::new(1) } });
+        let m = memory();
+        let waits: Vec<u64> = (0..5).filter_map(|_| wait(&action, &m, MS, 1000)).collect();
+        assert_eq!(waits, [0, 0, 0, 8 * MS, 16 * MS]);
+    }
+
     proptest! {
         #[test]
         fn a_delay_stays_within_latency_and_jitter(
-            latency in 0..60_000 * MS, jitter in 0..60_000 * MS, seed: u64, n: u64,
+            latency in 0..60_000 * MS, jitter in 0..60_000 * MS, seed: u64, n: u64, rho in 0..1_u64 << 32,
         ) {
-            let a = Action { share: u64::MAX, loss: 0, latency, jitter, seed };
-            let by = delay(&a, n);
+            let action = cells(&Action { latency, jitter, rho, ..Action::new(seed) });
+            let by = delay(&action, &memory(), n, |_, _| 0);
             prop_assert!(by >= latency.saturating_sub(jitter) && by <= latency + jitter);
         }
 

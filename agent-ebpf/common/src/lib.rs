@@ -7,7 +7,8 @@
 
 #![no_std]
 #![expect(clippy::inline_always, reason = "a call in a program costs registers and the verifier's patience")]
-#![cfg_attr(target_arch = "bpf", expect(unsafe_code, reason = "volatile access to shared cells"))]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+#![cfg_attr(target_arch = "bpf", expect(unsafe_code, reason = "volatile and atomic access to shared cells"))]
 
 #[cfg(any(test, feature = "user"))]
 extern crate std;
@@ -16,6 +17,8 @@ pub mod decide;
 pub mod histogram;
 pub mod matching;
 pub mod packet;
+#[cfg(any(test, feature = "user"))]
+pub mod quantiles;
 #[cfg(any(test, feature = "user"))]
 pub mod rules;
 pub mod table;

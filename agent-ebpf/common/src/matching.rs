@@ -2,17 +2,17 @@
 
 use crate::{
     packet::{Address, Packet},
-    table::{Direction, Table},
+    table::{Dimension, Direction, Table},
 };
 
 /// The dimensions that need a map of their own.
 pub trait Lookup {
     /// Clauses with a CIDR that covers this address.
     fn peer(&self, address: Address) -> u64;
-    /// Clauses that name this port of the peer.
-    fn peer_port(&self, port: u16) -> u64;
-    /// Clauses that name this port of the target.
-    fn local_port(&self, port: u16) -> u64;
+    /// Clauses that name this value.
+    fn value(&self, dimension: Dimension, value: u16) -> u64;
+    /// Clauses that name the cgroup of the packet's socket on this host. Asked last, for it is dear.
+    fn cgroup(&self) -> u64;
 }
 
 /// The clauses in force for one direction. Zero is the common case, and costs nothing more.
@@ -30,18 +30,27 @@ pub fn live(table: &Table, way: Direction) -> u64 {
 #[must_use]
 pub fn candidates(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
     let mut set = live & table.protocol[packet.protocol as usize & 3].load();
-
-    let any = table.any_peer_port.load();
-    if set & !any != 0 {
-        set &= any | packet.ports.map_or(0, |(peer, _)| maps.peer_port(peer));
-    }
-    let any = table.any_local_port.load();
-    if set & !any != 0 {
-        set &= any | packet.ports.map_or(0, |(_, local)| maps.local_port(local));
+    let narrow = |set: u64, dimension: Dimension, value: Option<u16>| {
+        let any = table.any[dimension as usize].load();
+        if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v))) }
+    };
+    set = narrow(set, Dimension::PeerPort, packet.ports.map(|(peer, _)| peer));
+    set = narrow(set, Dimension::LocalPort, packet.ports.map(|(_, local)| local));
+    let plain = table.plain.load();
+    if set & !plain != 0 {
+        set = narrow(set, Dimension::Vlan, Some(packet.vlan));
+        set = narrow(set, Dimension::Dscp, Some(u16::from(packet.dscp)));
+        set = narrow(set, Dimension::Icmp, packet.icmp_type.map(u16::from));
+        set = narrow(set, Dimension::Flags, packet.tcp_flags.map(u16::from));
+        set = narrow(set, Dimension::Fragment, Some(u16::from(packet.fragment)));
     }
     let any = table.any_peer.load();
     if set & !any != 0 {
         set &= any | maps.peer(packet.peer);
+    }
+    let any = table.any_cgroup.load();
+    if set & !any != 0 {
+        set &= any | maps.cgroup();
     }
     set
 }

@@ -1,6 +1,6 @@
 //! From bytes to what rules can ask for.
 
-use crate::table::Direction;
+use crate::{decide::hash, table::Direction};
 
 /// What a rule can ask for in the protocol dimension. The values index [`crate::table::Table::protocol`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,37 @@ pub struct Packet {
     /// Ports of the peer and of the target. `None` for protocols without ports and for every fragment but the first:
     /// those match only rules that ask for no port.
     pub ports: Option<(u16, u16)>,
+    /// Flags of a TCP header, as in the header. `None` where there is none to be seen.
+    pub tcp_flags: Option<u8>,
+    /// Type of an ICMP or `ICMPv6` message.
+    pub icmp_type: Option<u8>,
+    /// The code point of the traffic class, 0 to 63.
+    pub dscp: u8,
+    /// Whether it is a fragment, the first one included.
+    pub fragment: bool,
+    /// Id of the outermost VLAN tag; 0 where there is none, or one that is only a priority.
+    pub vlan: u16,
+}
+
+impl Packet {
+    /// A number that all packets of one flow share, whichever way they go.
+    #[inline(always)]
+    #[must_use]
+    pub fn flow(&self) -> u64 {
+        let (high, low) = match self.peer {
+            Address::V4(a) => (0, u64::from(u32::from_be_bytes(a))),
+            Address::V6(a) => {
+                let [a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7] = a;
+                (
+                    u64::from_be_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+                    u64::from_be_bytes([b0, b1, b2, b3, b4, b5, b6, b7]),
+                )
+            }
+        };
+        let (peer, local) = self.ports.unwrap_or((0, 0));
+        let rest = (self.protocol as u64) << 32 | u64::from(peer) << 16 | u64::from(local);
+        hash(high, low, rest)
+    }
 }
 
 /// Where a packet's bytes come from: the kernel's helper in eBPF, a slice in tests.
@@ -53,6 +84,9 @@ const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
 const ETH_P_8021AD: u16 = 0x88a8;
+
+/// The id in a VLAN tag, beside priority and drop eligibility.
+pub const VLAN_ID: u16 = 0x0fff;
 
 const IPPROTO_HOPOPTS: u8 = 0;
 const IPPROTO_ICMP: u8 = 1;
@@ -73,59 +107,83 @@ const EXTENSIONS: usize = 6;
 const TAGS: usize = 2;
 
 /// Reads a packet. `ethertype` is `skb->protocol` in host order: what follows the link layer, and any VLAN tag that the
-/// kernel took off into its metadata. `offset` is the length of the link layer's header.
+/// kernel took off into its metadata, whose id is `vlan`. `offset` is the length of the link layer's header.
 ///
 /// `None` for what no rule can match: everything but IP, ARP among it, and its like in IPv6, neighbour discovery.
 /// Without those a network is not broken but dead, and heals late because neighbours have to be found again.
 #[inline(always)]
-pub fn parse(bytes: &(impl Bytes + ?Sized), ethertype: u16, offset: usize, way: Direction) -> Option<Packet> {
+pub fn parse(
+    bytes: &(impl Bytes + ?Sized),
+    ethertype: u16,
+    vlan: u16,
+    offset: usize,
+    way: Direction,
+) -> Option<Packet> {
     let mut ethertype = ethertype;
     let mut offset = offset;
+    let mut vlan = vlan;
     for _ in 0..TAGS {
         if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
             break;
         }
-        let [_, _, hi, lo] = bytes.read::<4>(offset)?;
+        let [id_hi, id_lo, hi, lo] = bytes.read::<4>(offset)?;
+        if vlan == 0 {
+            vlan = u16::from_be_bytes([id_hi, id_lo]) & VLAN_ID;
+        }
         ethertype = u16::from_be_bytes([hi, lo]);
         offset += 4;
     }
     match ethertype {
-        ETH_P_IP => parse_v4(bytes, offset, way),
-        ETH_P_IPV6 => parse_v6(bytes, offset, way),
+        ETH_P_IP => parse_v4(bytes, offset, vlan, way),
+        ETH_P_IPV6 => parse_v6(bytes, offset, vlan, way),
         _ => None,
     }
 }
 
 #[inline(always)]
-fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, way: Direction) -> Option<Packet> {
+fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Packet> {
     let header = bytes.read::<20>(offset)?;
     let length = usize::from(header[0] & 0x0f) * 4;
-    let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
+    let fragments = u16::from_be_bytes([header[6], header[7]]);
     let peer = match way {
         Direction::Egress => [header[16], header[17], header[18], header[19]],
         Direction::Ingress => [header[12], header[13], header[14], header[15]],
     };
     let next = header[9];
-    let ports = if fragment { None } else { ports(bytes, next, offset + length, way) };
-    Some(Packet { peer: Address::V4(peer), protocol: protocol(next), ports })
+    let inner = if fragments & 0x1fff == 0 { inner(bytes, next, offset + length, way) } else { Inner::UNKNOWN };
+    Some(Packet {
+        peer: Address::V4(peer),
+        protocol: protocol(next),
+        ports: inner.ports,
+        tcp_flags: inner.tcp_flags,
+        icmp_type: inner.icmp_type,
+        dscp: header[1] >> 2,
+        fragment: fragments & 0x3fff != 0,
+        vlan,
+    })
 }
 
 #[inline(always)]
-fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, way: Direction) -> Option<Packet> {
-    let mut next = bytes.read::<1>(offset + 6)?[0];
+fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Packet> {
+    let [first, second, .., mut next] = bytes.read::<7>(offset)?;
+    let dscp = (first & 0x0f) << 2 | second >> 6;
     let peer = bytes.read::<16>(match way {
         Direction::Egress => offset + 24,
         Direction::Ingress => offset + 8,
     })?;
     let mut offset = offset + 40;
     let mut fragment = false;
+    let mut later = false;
     for _ in 0..EXTENSIONS {
         let length = match next {
             IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS | IPPROTO_FRAGMENT | IPPROTO_AH => {
                 let header = bytes.read::<4>(offset)?;
                 let length = match next {
                     IPPROTO_FRAGMENT => {
-                        fragment = u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0;
+                        // Offset, and whether more fragments follow.
+                        let place = u16::from_be_bytes([header[2], header[3]]);
+                        fragment = place & 0xfff9 != 0;
+                        later = place & 0xfff8 != 0;
                         8
                     }
                     IPPROTO_AH => (usize::from(header[1]) + 2) * 4,
@@ -137,33 +195,68 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, way: Direction) -> Opt
             _ => break,
         };
         offset += length;
-        if fragment {
+        if later {
             break;
         }
     }
-    if next == IPPROTO_ICMPV6 && !fragment {
-        // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
-        let [kind] = bytes.read::<1>(offset)?;
-        if (133..=137).contains(&kind) {
-            return None;
-        }
+    let inner = if later { Inner::UNKNOWN } else { inner(bytes, next, offset, way) };
+    // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
+    if next == IPPROTO_ICMPV6 && inner.icmp_type.is_some_and(|kind| (133..=137).contains(&kind)) {
+        return None;
     }
-    let ports = if fragment { None } else { ports(bytes, next, offset, way) };
-    Some(Packet { peer: Address::V6(peer), protocol: protocol(next), ports })
+    Some(Packet {
+        peer: Address::V6(peer),
+        protocol: protocol(next),
+        ports: inner.ports,
+        tcp_flags: inner.tcp_flags,
+        icmp_type: inner.icmp_type,
+        dscp,
+        fragment,
+        vlan,
+    })
+}
+
+/// What the transport's header says.
+struct Inner {
+    ports: Option<(u16, u16)>,
+    tcp_flags: Option<u8>,
+    icmp_type: Option<u8>,
+}
+
+impl Inner {
+    const UNKNOWN: Self = Self { ports: None, tcp_flags: None, icmp_type: None };
 }
 
 #[inline(always)]
-fn ports(bytes: &(impl Bytes + ?Sized), protocol: u8, offset: usize, way: Direction) -> Option<(u16, u16)> {
+fn inner(bytes: &(impl Bytes + ?Sized), protocol: u8, offset: usize, way: Direction) -> Inner {
     match protocol {
-        IPPROTO_TCP | IPPROTO_UDP | IPPROTO_SCTP | IPPROTO_DCCP | IPPROTO_UDPLITE => {}
-        _ => return None,
+        IPPROTO_ICMP | IPPROTO_ICMPV6 => {
+            let icmp_type = bytes.read::<1>(offset).map(|[kind]| kind);
+            Inner { icmp_type, ..Inner::UNKNOWN }
+        }
+        IPPROTO_TCP => match bytes.read::<14>(offset) {
+            Some(header) => Inner {
+                ports: Some(ports([header[0], header[1], header[2], header[3]], way)),
+                tcp_flags: Some(header[13]),
+                icmp_type: None,
+            },
+            None => Inner::UNKNOWN,
+        },
+        IPPROTO_UDP | IPPROTO_SCTP | IPPROTO_DCCP | IPPROTO_UDPLITE => {
+            Inner { ports: bytes.read::<4>(offset).map(|four| ports(four, way)), ..Inner::UNKNOWN }
+        }
+        _ => Inner::UNKNOWN,
     }
-    let [a, b, c, d] = bytes.read::<4>(offset)?;
+}
+
+/// Ports of the peer and of the target.
+#[inline(always)]
+fn ports([a, b, c, d]: [u8; 4], way: Direction) -> (u16, u16) {
     let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-    Some(match way {
+    match way {
         Direction::Egress => (destination, source),
         Direction::Ingress => (source, destination),
-    })
+    }
 }
 
 #[inline(always)]
@@ -201,10 +294,10 @@ mod tests {
     }
 
     // Source port 1000, destination port 6379.
-    const SEGMENT: [u8; 8] = [0x03, 0xe8, 0x18, 0xeb, 0, 0, 0, 0];
+    const SEGMENT: [u8; 14] = [0x03, 0xe8, 0x18, 0xeb, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x12];
 
     fn read(p: &[u8], ethertype: u16, way: Direction) -> Option<Packet> {
-        parse(p, ethertype, 0, way)
+        parse(p, ethertype, 0, 0, way)
     }
 
     #[test]
@@ -231,14 +324,39 @@ mod tests {
         assert_eq!(read(&first, ETH_P_IP, Direction::Egress).unwrap().ports, Some((6379, 1000)));
         let second = v4(17, 0x0010, 0, &SEGMENT);
         let second = read(&second, ETH_P_IP, Direction::Egress).unwrap();
-        assert_eq!((second.ports, second.protocol), (None, Protocol::Udp));
+        assert_eq!((second.ports, second.protocol, second.fragment), (None, Protocol::Udp, true));
         let mut v6_second = vec![17, 0, 0x00, 0x08, 0, 0, 0, 1];
         v6_second.extend(SEGMENT);
         let second = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
         assert_eq!((second.ports, second.protocol), (None, Protocol::Udp));
         v6_second[3] = 0x01;
         let first = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!(first.ports, Some((6379, 1000)));
+        assert_eq!((first.ports, first.fragment), (Some((6379, 1000)), true));
+        assert!(!read(&v4(17, 0x4000, 0, &SEGMENT), ETH_P_IP, Direction::Egress).unwrap().fragment);
+    }
+
+    #[test]
+    fn flags_types_and_code_points_are_read() {
+        let mut p = v4(6, 0, 0, &SEGMENT);
+        p[1] = 46 << 2 | 1;
+        let packet = read(&p, ETH_P_IP, Direction::Egress).unwrap();
+        assert_eq!((packet.tcp_flags, packet.icmp_type, packet.dscp), (Some(0x12), None, 46));
+        let mut p = v6(58, &[128, 0, 0, 0]);
+        p[0] |= 0x0b;
+        p[1] = 0x80;
+        let packet = read(&p, ETH_P_IPV6, Direction::Egress).unwrap();
+        assert_eq!((packet.tcp_flags, packet.icmp_type, packet.dscp), (None, Some(128), 46));
+    }
+
+    #[test]
+    fn a_flow_is_the_same_both_ways_and_another_is_not() {
+        let out = v4(6, 0, 0, &SEGMENT);
+        let mut back = v4(6, 0, 0, &[0x18, 0xeb, 0x03, 0xe8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        back[12..20].copy_from_slice(&[10, 0, 0, 2, 10, 0, 0, 1]);
+        let flow = |p: &[u8], way| read(p, ETH_P_IP, way).unwrap().flow();
+        assert_eq!(flow(&out, Direction::Egress), flow(&back, Direction::Ingress));
+        back[21] += 1;
+        assert_ne!(flow(&out, Direction::Egress), flow(&back, Direction::Ingress));
     }
 
     #[test]
@@ -276,7 +394,10 @@ mod tests {
     fn tags_inside_the_packet_are_stepped_over() {
         let mut p = vec![0, 7, 0x81, 0x00, 0, 8, 0x08, 0x00];
         p.extend(v4(6, 0, 0, &SEGMENT));
-        assert_eq!(read(&p, ETH_P_8021AD, Direction::Egress).unwrap().ports, Some((6379, 1000)));
+        let packet = read(&p, ETH_P_8021AD, Direction::Egress).unwrap();
+        assert_eq!((packet.ports, packet.vlan), (Some((6379, 1000)), 7));
+        // What the kernel took off is the outer one.
+        assert_eq!(parse(&p[..], ETH_P_8021AD, 5, 0, Direction::Egress).unwrap().vlan, 5);
     }
 
     proptest! {
@@ -285,8 +406,8 @@ mod tests {
             bytes in proptest::collection::vec(any::<u8>(), 0..200), ethertype: u16, offset in 0..64_usize,
         ) {
             for kind in [ethertype, ETH_P_IP, ETH_P_IPV6, ETH_P_8021Q] {
-                let _ = parse(&bytes[..], kind, offset, Direction::Egress);
-                let _ = parse(&bytes[..], kind, offset, Direction::Ingress);
+                let _ = parse(&bytes[..], kind, 0, offset, Direction::Egress);
+                let _ = parse(&bytes[..], kind, 0, offset, Direction::Ingress);
             }
         }
     }

@@ -1,9 +1,16 @@
 //! Clauses as the agent knows them, and how lists of CIDRs become the entries of a longest-prefix-match trie.
 
 use core::{fmt, net::IpAddr, str::FromStr};
-use std::{collections::BTreeMap, string::String, vec::Vec};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    string::String,
+    vec::Vec,
+};
 
-use crate::packet::{Address, Protocol};
+use crate::{
+    packet::{Address, Protocol},
+    table::Dimension,
+};
 
 /// An address prefix. Host bits are zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -94,9 +101,26 @@ pub struct Ports {
     pub last: u16,
 }
 
+/// Flags that a TCP header must have, and those it must not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flags {
+    /// All of these are set.
+    pub set: u8,
+    /// None of these is.
+    pub clear: u8,
+}
+
+impl Flags {
+    fn allow(self, flags: u8) -> bool {
+        flags & self.set == self.set && flags & self.clear == 0
+    }
+}
+
 /// One peer of a rule: a packet matches where every dimension does.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Clause {
+    /// A packet that matches is none of the rule's, whatever its other clauses say.
+    pub except: bool,
     /// Whether packets that leave the target match.
     pub egress: bool,
     /// Whether packets that arrive at the target match.
@@ -109,6 +133,78 @@ pub struct Clause {
     pub local_ports: Vec<Ports>,
     /// The protocol; none: any.
     pub protocol: Option<Protocol>,
+    /// Code points; none: any.
+    pub dscp: Vec<u8>,
+    /// VLAN ids, 0 for untagged; none: any.
+    pub vlans: Vec<u16>,
+    /// ICMP types; none: any, and what is no ICMP.
+    pub icmp_types: Vec<u8>,
+    /// TCP flags; none: any, and what is no TCP.
+    pub tcp_flags: Option<Flags>,
+    /// Only fragments, or none of them; none: both.
+    pub fragments: Option<bool>,
+    /// Ids of the cgroups (v2) whose sockets it is about; `None`: any, and no socket at all.
+    pub cgroups: Option<Vec<u64>>,
+}
+
+impl Clause {
+    /// The values it asks for in a dimension. `None` where it takes any.
+    #[must_use]
+    pub fn values(&self, dimension: Dimension) -> Option<Vec<u16>> {
+        let ports = |ranges: &[Ports]| {
+            (!ranges.is_empty()).then(|| ranges.iter().flat_map(|p| p.first..=p.last).collect())
+        };
+        let list = |values: &[u8]| (!values.is_empty()).then(|| values.iter().copied().map(u16::from).collect());
+        match dimension {
+            Dimension::PeerPort => ports(&self.peer_ports),
+            Dimension::LocalPort => ports(&self.local_ports),
+            Dimension::Vlan => (!self.vlans.is_empty()).then(|| self.vlans.clone()),
+            Dimension::Dscp => list(&self.dscp),
+            Dimension::Icmp => list(&self.icmp_types),
+            Dimension::Flags => {
+                self.tcp_flags.map(|flags| (0..=255).filter(|&f| flags.allow(f as u8)).collect())
+            }
+            Dimension::Fragment => self.fragments.map(|only| Vec::from([u16::from(only)])),
+        }
+    }
+
+    /// Whether it asks for nothing but addresses, ports and protocol.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        let rare = [
+            Dimension::Vlan,
+            Dimension::Dscp,
+            Dimension::Icmp,
+            Dimension::Flags,
+            Dimension::Fragment,
+        ];
+        rare.into_iter().all(|dimension| self.values(dimension).is_none())
+    }
+
+    /// Whether every packet that `other` matches is matched by this one. May say no where it is hard to tell.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        let within = |mine: Option<Vec<u16>>, theirs: Option<Vec<u16>>| match (mine, theirs) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(mine), Some(theirs)) => {
+                let mine: BTreeSet<u16> = mine.into_iter().collect();
+                theirs.iter().all(|value| mine.contains(value))
+            }
+        };
+        (self.egress || !other.egress)
+            && (self.ingress || !other.ingress)
+            && (self.protocol.is_none() || self.protocol == other.protocol)
+            && (self.cidrs.is_empty()
+                || (!other.cidrs.is_empty()
+                    && other.cidrs.iter().all(|theirs| self.cidrs.iter().any(|mine| mine.covers(theirs)))))
+            && Dimension::ALL.into_iter().all(|d| within(self.values(d), other.values(d)))
+            && match (&self.cgroups, &other.cgroups) {
+                (None, _) => true,
+                (Some(_), None) => false,
+                (Some(mine), Some(theirs)) => theirs.iter().all(|id| mine.contains(id)),
+            }
+    }
 }
 
 /// The entries of the trie for clauses at given bits. The lookup finds only the longest prefix, so each entry carries
@@ -140,7 +236,7 @@ mod tests {
     use crate::{
         matching::{self, Lookup},
         packet::Packet,
-        table::{Cell, Direction, Table},
+        table::{Direction, Table},
     };
 
     fn cidr(s: &str) -> Cidr {
@@ -166,9 +262,7 @@ mod tests {
             egress: true,
             ingress: true,
             cidrs: cidrs.iter().map(|s| cidr(s)).collect(),
-            peer_ports: Vec::new(),
-            local_ports: Vec::new(),
-            protocol: None,
+            ..Clause::default()
         };
         let (a, b) = (clause(&["10.0.0.0/8", "10.2.0.0/16"]), clause(&["10.1.0.0/16", "10.1.2.0/24"]));
         let c = clause(&["0.0.0.0/0", "fd00::/8"]);
@@ -195,14 +289,17 @@ mod tests {
             best.map_or(0, |(_, set)| *set)
         }
 
-        fn peer_port(&self, port: u16) -> u64 {
-            bits(self.clauses, |c| c.peer_ports.iter().any(|p| p.first <= port && port <= p.last))
+        fn value(&self, dimension: Dimension, value: u16) -> u64 {
+            bits(self.clauses, |c| c.values(dimension).is_some_and(|values| values.contains(&value)))
         }
 
-        fn local_port(&self, port: u16) -> u64 {
-            bits(self.clauses, |c| c.local_ports.iter().any(|p| p.first <= port && port <= p.last))
+        fn cgroup(&self) -> u64 {
+            bits(self.clauses, |c| c.cgroups.as_ref().is_some_and(|ids| ids.contains(&CGROUP)))
         }
     }
+
+    /// The cgroup of every packet in these tests.
+    const CGROUP: u64 = 3;
 
     fn host(address: Address) -> Cidr {
         match address {
@@ -229,6 +326,12 @@ mod tests {
             && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host(packet.peer))))
             && within(&clause.peer_ports, packet.ports.map(|p| p.0))
             && within(&clause.local_ports, packet.ports.map(|p| p.1))
+            && (clause.dscp.is_empty() || clause.dscp.contains(&packet.dscp))
+            && (clause.vlans.is_empty() || clause.vlans.contains(&packet.vlan))
+            && (clause.icmp_types.is_empty() || packet.icmp_type.is_some_and(|t| clause.icmp_types.contains(&t)))
+            && clause.tcp_flags.is_none_or(|flags| packet.tcp_flags.is_some_and(|f| flags.allow(f)))
+            && clause.fragments.is_none_or(|only| only == packet.fragment)
+            && clause.cgroups.as_ref().is_none_or(|ids| ids.contains(&CGROUP))
     }
 
     fn protocols() -> impl Strategy<Value = Protocol> {
@@ -258,17 +361,25 @@ mod tests {
     prop_compose! {
         fn clauses()(
             egress: bool, ingress: bool, cidrs in vec(cidrs(), 0..6), peer_ports in vec(ports(), 0..3),
-            local_ports in vec(ports(), 0..3), protocol in option::of(protocols()),
+            local_ports in vec(ports(), 0..3), protocol in option::of(protocols()), dscp in vec(0..4_u8, 0..2),
+            vlans in vec(0..3_u16, 0..2), icmp_types in vec(0..4_u8, 0..2),
+            tcp_flags in option::weighted(0.2, (0..8_u8, 0..8_u8).prop_map(|(set, clear)| Flags { set, clear })),
+            fragments in option::weighted(0.2, any::<bool>()), cgroups in option::weighted(0.2, vec(0..5_u64, 0..4)),
         ) -> Clause {
-            Clause { egress, ingress, cidrs, peer_ports, local_ports, protocol }
+            Clause {
+                except: false, egress, ingress, cidrs, peer_ports, local_ports, protocol, dscp, vlans, icmp_types,
+                tcp_flags, fragments, cgroups,
+            }
         }
     }
 
     prop_compose! {
         fn packets()(
             peer in addresses(), protocol in protocols(), ports in option::of((0..16_u16, 0..16_u16)),
+            tcp_flags in option::of(0..8_u8), icmp_type in option::of(0..5_u8), dscp in 0..5_u8, fragment: bool,
+            vlan in 0..4_u16,
         ) -> Packet {
-            Packet { peer, protocol, ports }
+            Packet { peer, protocol, ports, tcp_flags, icmp_type, dscp, fragment, vlan }
         }
     }
 
@@ -277,14 +388,17 @@ mod tests {
         fn bit_vectors_say_what_the_clauses_mean(
             clauses in vec(clauses(), 0..64), packets in vec(packets(), 1..50),
         ) {
-            let table = table();
+            let table = Box::new(Table::default());
             for (way, i) in [(Direction::Egress, 0), (Direction::Ingress, 1)] {
                 let live = bits(&clauses, |c| if i == 0 { c.egress } else { c.ingress });
                 table.live[way as usize].store(live);
             }
             table.any_peer.store(bits(&clauses, |c| c.cidrs.is_empty()));
-            table.any_peer_port.store(bits(&clauses, |c| c.peer_ports.is_empty()));
-            table.any_local_port.store(bits(&clauses, |c| c.local_ports.is_empty()));
+            for d in Dimension::ALL {
+                table.any[d as usize].store(bits(&clauses, |c| c.values(d).is_none()));
+            }
+            table.any_cgroup.store(bits(&clauses, |c| c.cgroups.is_none()));
+            table.plain.store(bits(&clauses, Clause::is_plain));
             for p in [Protocol::Other, Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
                 let set = bits(&clauses, |c| c.protocol.is_none_or(|q| p == q));
                 table.protocol[p as usize].store(set);
@@ -299,36 +413,22 @@ mod tests {
         }
     }
 
-    fn table() -> Box<Table> {
-        let zero = || Cell::new(0);
-        let rule = || crate::table::Rule {
-            not_before: zero(),
-            until: zero(),
-            share: zero(),
-            loss: zero(),
-            latency: zero(),
-            jitter: zero(),
-            seed: zero(),
-            matched: zero(),
-            bytes: zero(),
-            dropped: zero(),
-            delayed: zero(),
-            failed: zero(),
-            first_match: zero(),
+    /// One that covers another matches whatever that one does.
+    #[test]
+    fn what_covers_covers() {
+        let clause = |cidrs: &[&str], ports: &[(u16, u16)]| Clause {
+            egress: true,
+            ingress: true,
+            cidrs: cidrs.iter().map(|s| cidr(s)).collect(),
+            peer_ports: ports.iter().map(|&(first, last)| Ports { first, last }).collect(),
+            ..Clause::default()
         };
-        Box::new(Table {
-            live: [zero(), zero()],
-            any_peer: zero(),
-            any_peer_port: zero(),
-            any_local_port: zero(),
-            protocol: core::array::from_fn(|_| zero()),
-            rule_of: core::array::from_fn(|_| zero()),
-            guard: zero(),
-            link_header: zero(),
-            ifindex: zero(),
-            edt: zero(),
-            tap: [zero(), zero()],
-            rules: core::array::from_fn(|_| rule()),
-        })
+        let all = clause(&[], &[]);
+        let net = clause(&["10.0.0.0/8"], &[]);
+        let host = clause(&["10.0.0.7"], &[(6379, 6379)]);
+        assert!(all.covers(&net) && all.covers(&host) && net.covers(&host) && net.covers(&net));
+        assert!(!net.covers(&all) && !host.covers(&net));
+        assert!(!clause(&["10.0.0.0/8"], &[(80, 90)]).covers(&host));
+        assert!(!Clause { ingress: false, ..clause(&[], &[]) }.covers(&host));
     }
 }

@@ -11,11 +11,40 @@ pub const ETHERTYPE: u16 = 0x88b5;
 /// The first six bytes, where a destination address would be: locally administered.
 pub const MAGIC: [u8; 6] = [0x02, b's', b'q', b'u', b'a', b'l'];
 
-/// When a packet came and when it is to go, and which rule says so.
+/// What is to be done with a packet when it is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Job {
+    /// Send it on.
+    Send = 0,
+    /// Flip a bit in one segment of it, and send it on.
+    Corrupt = 1,
+    /// The same, and make the checksum right.
+    CorruptSilently = 2,
+    /// Answer it with a refusal instead.
+    Refuse = 3,
+    /// End its TCP connection at both ends instead.
+    Reset = 4,
+    /// Whatever the rule says about DNS.
+    Dns = 5,
+}
+
+impl Job {
+    /// The job with a number.
+    #[must_use]
+    pub fn from_number(number: u8) -> Option<Self> {
+        let all = [Self::Send, Self::Corrupt, Self::CorruptSilently, Self::Refuse, Self::Reset, Self::Dns];
+        all.get(usize::from(number)).copied()
+    }
+}
+
+/// When a packet came and when it is to go, what for, and which rule says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// The rule.
     pub rule: u16,
+    /// A [`Job`].
+    pub job: u8,
     /// `CLOCK_MONOTONIC` in nanoseconds.
     pub arrived: u64,
     /// `CLOCK_MONOTONIC` in nanoseconds.
@@ -31,7 +60,7 @@ impl Header {
         let [m0, m1, m2, m3, m4, m5] = MAGIC;
         let [e0, e1] = ETHERTYPE.to_be_bytes();
         let [r0, r1] = self.rule.to_be_bytes();
-        let head = [m0, m1, m2, m3, m4, m5, 0, 0, 0, 0, 0, 0, e0, e1, r0, r1];
+        let head = [m0, m1, m2, m3, m4, m5, self.job, 0, 0, 0, 0, 0, e0, e1, r0, r1];
         let mut i = 0;
         while i < 16 {
             bytes[i] = head[i];
@@ -69,7 +98,7 @@ impl Header {
         }
         let number = |at: usize| Some(u64::from_be_bytes(fields.get(at..at + 8)?.try_into().ok()?));
         let header =
-            Self { rule: u16::from_be_bytes([fields[2], fields[3]]), arrived: number(4)?, due: number(12)? };
+            Self { rule: u16::from_be_bytes([fields[2], fields[3]]), job: head[6], arrived: number(4)?, due: number(12)? };
         Some(Split { header, tag, packet })
     }
 }
@@ -92,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_header_comes_back_with_and_without_a_vlan_tag() {
-        let header = Header { rule: 63, arrived: 12_345_678_901, due: u64::MAX - 3 };
+        let header = Header { rule: 63, job: Job::Dns as u8, arrived: 12_345_678_901, due: u64::MAX - 3 };
         let mut frame = header.to_bytes().to_vec();
         frame.extend(b"packet");
         assert_eq!(Header::split(&frame), Some(Split { header, tag: None, packet: b"packet" }));
@@ -104,7 +133,7 @@ mod tests {
     #[test]
     fn other_frames_are_not_ours() {
         assert_eq!(Header::split(&[0x33; 90]), None);
-        let header = Header { rule: 0, arrived: 0, due: 0 }.to_bytes();
+        let header = Header { rule: 0, job: 0, arrived: 0, due: 0 }.to_bytes();
         assert_eq!(Header::split(&header[..LEN - 1]), None);
     }
 }

@@ -7,14 +7,14 @@ use std::{
     ops::Deref,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     ptr::{self, NonNull},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use anyhow::{Context, Result, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        Map, MapData,
+        Array, HashMap, Map, MapData, MapError,
         lpm_trie::{Key, LpmTrie},
     },
     programs::{
@@ -27,8 +27,9 @@ use aya_log::EbpfLogger;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use squall_common::{
     packet::Address,
+    quantiles::{NORMAL, PARETO, PARETONORMAL, Quantiles},
     rules::Cidr,
-    table::{Bucket, Cell, Direction, HISTOGRAM, PORTS, Table},
+    table::{Bucket, Cell, Direction, HISTOGRAM, QUANTILES, RULES, SETS, TABLES, Table},
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -44,6 +45,10 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sq
 pub enum Program {
     /// On an interface.
     Port(Direction),
+    /// On both ends of a line, in front of `sch_fq`.
+    LineOut,
+    /// On both ends of a line, behind it.
+    LineIn,
     /// On a TAP device, in front of the queue.
     TapOut,
     /// On a TAP device, behind the queue.
@@ -51,8 +56,14 @@ pub enum Program {
 }
 
 impl Program {
-    const ALL: [Self; 4] =
-        [Self::Port(Direction::Egress), Self::Port(Direction::Ingress), Self::TapOut, Self::TapIn];
+    const ALL: [Self; 6] = [
+        Self::Port(Direction::Egress),
+        Self::Port(Direction::Ingress),
+        Self::LineOut,
+        Self::LineIn,
+        Self::TapOut,
+        Self::TapIn,
+    ];
 
     /// The symbol in the object. It is also the name of the filter where there is no TCX.
     fn name(self) -> &'static str {
@@ -63,6 +74,8 @@ impl Program {
             Self::Port(Direction::Ingress) if fetch => "squall_ingress",
             Self::Port(Direction::Egress) => "squall_egress_510",
             Self::Port(Direction::Ingress) => "squall_ingress_510",
+            Self::LineOut => "squall_line_out",
+            Self::LineIn => "squall_line_in",
             Self::TapOut => "squall_tap_out",
             Self::TapIn => "squall_tap_in",
         }
@@ -70,8 +83,8 @@ impl Program {
 
     fn hook(self) -> TcAttachType {
         match self {
-            Self::Port(Direction::Egress) | Self::TapOut => TcAttachType::Egress,
-            Self::Port(Direction::Ingress) | Self::TapIn => TcAttachType::Ingress,
+            Self::Port(Direction::Egress) | Self::LineOut | Self::TapOut => TcAttachType::Egress,
+            Self::Port(Direction::Ingress) | Self::LineIn | Self::TapIn => TcAttachType::Ingress,
         }
     }
 }
@@ -89,8 +102,10 @@ pub enum Hook {
 pub struct Programs {
     ebpf: Ebpf,
     table: Arc<Mapped<Table>>,
-    ports: Mapped<[Cell; PORTS]>,
+    sets: Mapped<[Cell; SETS]>,
     delays: Arc<Mapped<[Bucket; HISTOGRAM]>>,
+    distributions: Array<MapData, [i16; QUANTILES]>,
+    cgroups: HashMap<MapData, u64, u64>,
     v4: LpmTrie<MapData, [u8; 4], u64>,
     v6: LpmTrie<MapData, [u8; 16], u64>,
     logger: AbortHandle,
@@ -130,7 +145,29 @@ impl Programs {
         if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
             tracing::debug!("raising the limit of locked memory: {error}");
         }
-        let mut ebpf = EbpfLoader::new().load(OBJECT).context("creating the eBPF maps")?;
+        if let Some(known) = SOCKET_CGROUPS.get() {
+            return Self::load_with(*known);
+        }
+        let (programs, known) = match Self::load_with(true) {
+            Ok(programs) => (programs, true),
+            Err(error) => {
+                // With less they may load; if not, that error is the one to be told.
+                let programs = Self::load_with(false)?;
+                tracing::debug!("no cgroups of sockets on this kernel: {error:#}");
+                (programs, false)
+            }
+        };
+        SOCKET_CGROUPS.get_or_init(|| known);
+        Ok(programs)
+    }
+
+    fn load_with(cgroups: bool) -> Result<Self> {
+        let known = u8::from(cgroups);
+        let mut loader = EbpfLoader::new();
+        let mut ebpf = loader
+            .override_global("SOCKET_CGROUPS", &known, true)
+            .load(OBJECT)
+            .context("creating the eBPF maps")?;
         for program in Program::ALL {
             let name = program.name();
             classifier(&mut ebpf, program)?
@@ -140,12 +177,43 @@ impl Programs {
         let mut map =
             |name: &str| ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"));
         let table = Arc::new(Mapped::new(map("TABLE")?)?);
-        let ports = Mapped::new(map("PORT_SETS")?)?;
+        let sets = Mapped::new(map("VALUE_SETS")?)?;
         let delays = Arc::new(Mapped::new(map("DELAYS")?)?);
+        let distributions = Array::try_from(map("DISTRIBUTIONS")?)?;
+        let cgroups = HashMap::try_from(map("CGROUP_SETS")?)?;
         let v4 = LpmTrie::try_from(map("PEERS_V4")?)?;
         let v6 = LpmTrie::try_from(map("PEERS_V6")?)?;
         let logger = forward_log(&mut ebpf)?;
-        Ok(Self { ebpf, table, ports, delays, v4, v6, logger })
+        let mut programs = Self { ebpf, table, sets, delays, distributions, cgroups, v4, v6, logger };
+        for (index, quantiles) in [&*NORMAL, &*PARETO, &*PARETONORMAL].into_iter().enumerate() {
+            programs.write_quantiles(index, quantiles)?;
+        }
+        Ok(programs)
+    }
+
+    /// Writes the table of a rule's own, and gives its index.
+    pub fn set_quantiles(&mut self, rule: usize, quantiles: &Quantiles) -> Result<usize> {
+        let index = TABLES - RULES + rule;
+        self.write_quantiles(index, quantiles)?;
+        Ok(index)
+    }
+
+    fn write_quantiles(&mut self, index: usize, quantiles: &Quantiles) -> Result<()> {
+        let entries: [i16; QUANTILES] = quantiles.entries().try_into().context("a table of another size")?;
+        self.distributions.set(index as u32, entries, 0).context("writing a table of delays")
+    }
+
+    /// Says which clauses the sockets of a cgroup satisfy.
+    pub fn set_cgroup(&mut self, id: u64, clauses: u64) -> Result<()> {
+        self.cgroups.insert(id, clauses, 0).with_context(|| format!("writing cgroup {id} into the map"))
+    }
+
+    /// Forgets a cgroup.
+    pub fn remove_cgroup(&mut self, id: u64) -> Result<()> {
+        match self.cgroups.remove(&id) {
+            Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("removing cgroup {id} from the map")),
+        }
     }
 
     /// Attaches a program to an interface of the calling thread's network namespace, before all others.
@@ -171,9 +239,9 @@ impl Programs {
         &self.delays
     }
 
-    /// The clauses by port.
-    pub fn ports(&self) -> &[Cell; PORTS] {
-        &self.ports
+    /// The clauses by [`squall_common::table::Dimension`].
+    pub fn sets(&self) -> &[Cell; SETS] {
+        &self.sets
     }
 
     /// Says which clauses an address prefix satisfies.
@@ -215,6 +283,16 @@ pub fn remove_filters(interface: &str) -> Result<()> {
     Ok(())
 }
 
+/// Whether the kernel can say to which cgroup (v2) a socket belongs: `bpf_sk_cgroup_id` in tc programs is of 5.8
+/// (net/core/filter.c), and there only with CONFIG_SOCK_CGROUP_DATA. Known once the programs were loaded.
+static SOCKET_CGROUPS: OnceLock<bool> = OnceLock::new();
+
+/// Whether rules may choose packets by the cgroup of their socket. `false` before [`Programs::get`] succeeded once.
+#[must_use]
+pub fn socket_cgroups() -> bool {
+    SOCKET_CGROUPS.get().copied().unwrap_or(false)
+}
+
 fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
     let name = program.name();
     let program = ebpf.program_mut(name).ok_or_else(|| anyhow!("the eBPF object has no program {name}"))?;
@@ -248,7 +326,7 @@ pub unsafe trait Shared {}
 // SAFETY: cells only.
 unsafe impl Shared for Table {}
 // SAFETY: cells only.
-unsafe impl Shared for [Cell; PORTS] {}
+unsafe impl Shared for [Cell; SETS] {}
 // SAFETY: a bucket is two cells.
 unsafe impl Shared for [Bucket; HISTOGRAM] {}
 

@@ -2,11 +2,14 @@
 
 pub mod bpf;
 pub mod cgroup;
+pub mod line;
 #[expect(unsafe_code, reason = "maps and locks memory")]
 pub mod memory;
 pub mod netns;
 pub mod port;
 #[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range")]
 pub mod proc;
+pub mod resolve;
+pub mod sockets;
 pub mod tap;
 pub mod tc;

@@ -13,22 +13,24 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use squall_common::{
-    decide::Action,
+    decide::{Action, Mode},
     histogram::{BUCKETS, quantile},
     packet::Protocol,
-    rules::{Cidr, Clause, Ports, prefixes},
-    table::{Bucket, CLAUSES, Cell, Direction, HISTOGRAM, LOCAL_PORTS, RULES, Table},
+    quantiles::Quantiles,
+    rules::{Cidr, Clause, prefixes},
+    table::{CLAUSES, Cell, Dimension, Direction, Lane, LANES, RULES, Rule},
 };
 
 use super::{
-    bpf::{Hook, Mapped, Program, Programs, remove_filters},
+    bpf::{Hook, Program, Programs, remove_filters, socket_cgroups},
+    line::{self, Line},
     netns::{Netns, run_in_new},
-    tap::{Device, Tap},
-    tc::{Interface, Netlink, OUR_QDISC, Qdisc},
+    tap::{Desk, Device, Tap},
+    tc::{Interface, Netlink},
 };
-use crate::{fault::Window, time::BootTime};
+use crate::{fault::Window, frame::Dns, time::BootTime};
 
-/// How long a port waits for `sch_fq` to send off what it holds before it removes it.
+/// How long a port waits for packets on their way before it takes the way from them.
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
 const LOOPBACK: u32 = 1;
 
@@ -39,17 +41,19 @@ const LOOPBACK: u32 = 1;
 pub struct Support {
     /// How programs are attached.
     pub hook: Hook,
-    /// Why `sch_fq` cannot be used; `None` where it can.
-    pub no_fq: Option<String>,
+    /// Why a line with `sch_fq` cannot be used; `None` where it can.
+    pub no_line: Option<String>,
     /// Why a TAP queue cannot be used; `None` where it can.
     pub no_tap: Option<String>,
+    /// Whether packets can be chosen by the cgroup (v2) of their socket.
+    pub cgroups: bool,
 }
 
-/// How packets of one direction are held back.
+/// How packets are held back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
-    /// Departure times (EDT) that `sch_fq` at the root of the interface keeps.
-    Edt,
+    /// Departure times (EDT) that `sch_fq` keeps, on a veth pair beside the interface.
+    Line,
     /// A TAP device with a queue in the agent.
     Tap,
 }
@@ -70,37 +74,42 @@ impl Support {
                     Hook::Clsact
                 }
             };
-            let no_fq = netlink.set_root_fq(LOOPBACK).err().map(|e| format!("{:#}", e.root_cause()));
-            let no_tap = Device::create()
-                .and_then(|device| {
-                    attach_tap(&mut programs, &mut netlink, &device, hook)?;
-                    device.up()
-                })
-                .err()
-                .map(|e| format!("{e:#}"));
-            Ok(Self { hook, no_fq, no_tap })
+            let line = Line::create(&mut netlink, LOOPBACK, false)
+                .and_then(|line| attach_line(&mut programs, &mut netlink, &line, LOOPBACK, false, hook));
+            let no_line = line.err().map(|e| format!("{:#}", e.root_cause()));
+            let tap = [true, false].into_iter().try_for_each(|whole| {
+                let device = Device::create(whole)?;
+                attach_tap(&mut programs, &mut netlink, &device, hook)?;
+                device.up()
+            });
+            let no_tap = tap.err().map(|e| format!("{e:#}"));
+            Ok(Self { hook, no_line, no_tap, cgroups: socket_cgroups() })
         })
     }
 
-    /// How packets of a direction can be held back on an interface with this root qdisc. The error says what is missing.
-    pub fn holder(&self, way: Direction, interface: &Interface, root: Option<&Qdisc>) -> Result<Holder> {
-        let no_edt = match (way, &self.no_fq) {
-            (Direction::Ingress, _) => "sch_fq holds no arriving packets".to_owned(),
-            (Direction::Egress, Some(reason)) => format!("no sch_fq ({reason})"),
-            (Direction::Egress, None) => match root {
-                // A qdisc that the kernel chose comes back by itself when ours goes.
-                Some(root) if root.handle.major != 0 && root.handle != OUR_QDISC => {
-                    format!("somebody configured the root qdisc ({} {:x}:)", root.kind, root.handle.major)
-                }
-                _ => return Ok(Holder::Edt),
-            },
-        };
-        let no_tap = match (&self.no_tap, interface.link_header) {
-            (Some(reason), _) => format!("no TAP queue ({reason})"),
-            (None, Some(14)) => return Ok(Holder::Tap),
-            (None, _) => "a TAP queue needs an interface with Ethernet headers".to_owned(),
-        };
-        bail!("packets on {} cannot be delayed: {no_edt}; {no_tap}", interface.name)
+    /// How packets can be held back on an interface. The error says what is missing.
+    pub fn holder(&self, interface: &Interface) -> Result<Holder> {
+        let name = &interface.name;
+        if interface.link_header != Some(14) {
+            bail!("packets on {name} cannot be delayed: that needs an interface with Ethernet headers");
+        }
+        match (&self.no_line, &self.no_tap) {
+            (None, _) => Ok(Holder::Line),
+            (Some(_), None) => Ok(Holder::Tap),
+            (Some(line), Some(tap)) => {
+                bail!("packets on {name} cannot be delayed: no sch_fq ({line}), and no TAP queue ({tap})")
+            }
+        }
+    }
+
+    /// Refuses where packets on an interface cannot be changed or answered.
+    pub fn worker(&self, interface: &Interface) -> Result<()> {
+        let name = &interface.name;
+        match (&self.no_tap, interface.link_header) {
+            (Some(reason), _) => bail!("packets on {name} cannot be changed: no TAP queue ({reason})"),
+            (None, Some(14)) => Ok(()),
+            (None, _) => bail!("packets on {name} cannot be changed: that needs an interface with Ethernet headers"),
+        }
     }
 }
 
@@ -110,6 +119,77 @@ fn attach_tap(programs: &mut Programs, netlink: &mut Netlink, device: &Device, h
     }
     programs.attach(Program::TapOut, device.name(), hook)?;
     programs.attach(Program::TapIn, device.name(), hook)
+}
+
+fn attach_line(
+    programs: &mut Programs,
+    netlink: &mut Netlink,
+    line: &Line,
+    interface: u32,
+    outside: bool,
+    hook: Hook,
+) -> Result<()> {
+    for (name, end) in line::names(interface, outside).iter().zip(line.ends) {
+        if hook == Hook::Clsact {
+            netlink.add_clsact(end)?;
+        }
+        programs.attach(Program::LineOut, name, hook)?;
+        programs.attach(Program::LineIn, name, hook)?;
+    }
+    Ok(())
+}
+
+/// What a rule is about, and what it does.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spec {
+    /// What it matches: exceptions first.
+    pub clauses: Vec<Clause>,
+    /// What it does.
+    pub action: Action<u64>,
+    /// A distribution of delays of its own; the action's `table` is set to it.
+    pub quantiles: Option<Quantiles>,
+    /// What it says about DNS.
+    pub dns: Option<Dns>,
+}
+
+impl Spec {
+    /// Whether packets have to be held back.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.action.latency + self.action.jitter + self.action.byte_time > 0
+    }
+
+    /// Whether packets have to be changed or answered.
+    #[must_use]
+    pub fn works(&self) -> bool {
+        self.action.corrupt.ratio > 0 || self.action.mode != Mode::Hurt as u64
+    }
+
+    /// Whether packets have to be segmented first.
+    #[must_use]
+    pub fn segments(&self) -> bool {
+        self.action.per_segment != 0
+    }
+
+    /// Whether packets leave the interface's own way at all.
+    #[must_use]
+    pub fn detours(&self) -> bool {
+        self.holds() || self.works() || self.segments()
+    }
+
+    /// The longest time for which a packet is held, nanoseconds.
+    fn longest(&self) -> u64 {
+        // A table's entries reach four jitters.
+        let delay = self.action.latency + 4 * self.action.jitter;
+        delay + self.action.backlog + self.dns.as_ref().map_or(0, |dns| dns.delay.as_nanos() as u64)
+    }
+
+    fn passes(&self, way: Direction) -> bool {
+        self.clauses.iter().any(|clause| match way {
+            Direction::Egress => clause.egress,
+            Direction::Ingress => clause.ingress,
+        })
+    }
 }
 
 // ---- the list of ports ---------------------------------------------------------------------------------------------
@@ -122,8 +202,16 @@ pub struct Place {
     leaving: Mutex<Vec<usize>>,
 }
 
-/// Inode of the network namespace and index of the interface.
-type Key = (u64, u32);
+/// Which port: an interface, used as the target's own or as the outer end of the target's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Inode of the network namespace.
+    pub netns: u64,
+    /// Index of the interface.
+    pub interface: u32,
+    /// Whether what leaves the interface arrives at the target.
+    pub outside: bool,
+}
 
 static PLACES: Mutex<Option<HashMap<Key, Arc<Place>>>> = Mutex::new(None);
 
@@ -133,20 +221,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The place of an interface's port.
 #[must_use]
-pub fn place(netns: u64, interface: u32) -> Arc<Place> {
+pub fn place(key: Key) -> Arc<Place> {
     let mut places = lock(&PLACES);
-    Arc::clone(places.get_or_insert_default().entry((netns, interface)).or_default())
+    Arc::clone(places.get_or_insert_default().entry(key).or_default())
 }
 
 /// Closes the port of an interface if no rule is left on it, and says whether it is closed.
-pub fn settle(netns: u64, interface: u32) -> Result<bool> {
-    let place = place(netns, interface);
+pub fn settle(key: Key) -> Result<bool> {
+    let place = place(key);
     let closed = place.settle()?;
     if closed {
         let mut places = lock(&PLACES);
         // One count here, one in the map: nobody is about to open it.
         if Arc::strong_count(&place) == 2 {
-            places.get_or_insert_default().remove(&(netns, interface));
+            places.get_or_insert_default().remove(&key);
         }
     }
     Ok(closed)
@@ -177,10 +265,22 @@ impl Place {
         lock(&self.port).as_ref().is_some_and(|port| port.made_clsact)
     }
 
-    /// How many rules come before a new one.
+    /// Whether the open port lets the loopback interface take packets from elsewhere.
     #[must_use]
-    pub fn rules(&self) -> usize {
-        lock(&self.port).as_ref().map_or(0, |port| port.rules.iter().filter(|&&used| used).count())
+    pub fn made_localnet(&self) -> bool {
+        lock(&self.port).as_ref().is_some_and(|port| port.made_localnet)
+    }
+
+    /// The clauses that come before those of a new rule, rule by rule.
+    #[must_use]
+    pub fn rules(&self) -> Vec<Vec<Clause>> {
+        let mut rules: BTreeMap<usize, Vec<Clause>> = BTreeMap::new();
+        if let Some(port) = lock(&self.port).as_ref() {
+            for (rule, clause) in port.clauses.iter().flatten() {
+                rules.entry(*rule).or_default().push(clause.clone());
+            }
+        }
+        rules.into_values().collect()
     }
 }
 
@@ -189,8 +289,7 @@ pub struct Owned {
     key: Key,
     place: Arc<Place>,
     rule: usize,
-    table: Arc<Mapped<Table>>,
-    delays: Arc<Mapped<[Bucket; HISTOGRAM]>>,
+    desk: Arc<Desk>,
 }
 
 impl Owned {
@@ -199,66 +298,78 @@ impl Owned {
         support: &Support,
         netns: &Arc<Netns>,
         interface: &Interface,
-        clauses: &[Clause],
-        action: Action,
+        outside: bool,
+        spec: Spec,
         window: Window,
     ) -> Result<Self> {
-        let key = (netns.inode(), interface.index);
-        let place = place(key.0, key.1);
-        let (rule, table, delays) = {
+        let key = Key { netns: netns.inode(), interface: interface.index, outside };
+        let place = place(key);
+        let (rule, desk) = {
             let mut slot = lock(&place.port);
             let port = match slot.as_mut() {
                 Some(port) => port,
-                None => slot.insert(Port::open(support.clone(), Arc::clone(netns), interface.clone())?),
+                None => {
+                    slot.insert(Port::open(support.clone(), Arc::clone(netns), interface.clone(), outside)?)
+                }
             };
             place.sweep(port)?;
-            let rule = port.add(clauses, action, window)?;
-            (rule, Arc::clone(port.programs.table()), Arc::clone(port.programs.delays()))
+            (port.add(spec, window)?, Arc::clone(&port.desk))
         };
-        Ok(Self { key, place, rule, table, delays })
+        Ok(Self { key, place, rule, desk })
     }
 
     /// Changes what the rule matches and does, in place.
-    pub fn change(&self, clauses: &[Clause], action: Action) -> Result<()> {
+    pub fn change(&self, spec: Spec) -> Result<()> {
         let mut slot = lock(&self.place.port);
-        slot.as_mut().ok_or_else(|| anyhow!("the port is closed"))?.change(self.rule, clauses, action)
+        slot.as_mut().ok_or_else(|| anyhow!("the port is closed"))?.change(self.rule, spec)
     }
 
     /// Moves the time at which the rule ends by itself.
     pub fn extend(&self, until: BootTime) {
-        self.table.rules[self.rule].until.store(until.0);
+        self.cells().until.store(until.0);
     }
 
     /// What the rule did so far.
     #[must_use]
     pub fn figures(&self) -> Figures {
-        let rule = &self.table.rules[self.rule];
+        let rule = self.cells();
         let first = rule.first_match.load();
         Figures {
             matched: rule.matched.load(),
+            segments: rule.segments.load(),
             bytes: rule.bytes.load(),
             dropped: rule.dropped.load(),
             delayed: rule.delayed.load(),
+            duplicated: rule.duplicated.load(),
+            corrupted: rule.corrupted.load(),
+            reordered: rule.reordered.load(),
+            refused: rule.refused.load(),
+            reset: rule.reset.load(),
+            answered: rule.answered.load(),
             failed: rule.failed.load(),
             first_match: (first != 0)
                 .then(|| Duration::from_nanos(first.saturating_sub(rule.not_before.load()))),
-            delays: self.delays[self.rule * BUCKETS..][..BUCKETS]
+            delays: self.desk.delays[self.rule * BUCKETS..][..BUCKETS]
                 .iter()
                 .map(|bucket| (bucket.count.load(), bucket.sum.load()))
                 .collect(),
         }
+    }
+
+    fn cells(&self) -> &Rule {
+        &self.desk.table.rules[self.rule]
     }
 }
 
 impl Drop for Owned {
     fn drop(&mut self) {
         // The program looks at this time for every packet: the fault is over now.
-        self.table.rules[self.rule].until.store(0);
+        self.cells().until.store(0);
         lock(&self.place.leaving).push(self.rule);
-        let (netns, interface) = self.key;
+        let key = self.key;
         let settled = thread::Builder::new().name("port".to_owned()).spawn(move || {
-            if let Err(error) = settle(netns, interface) {
-                tracing::warn!("closing the port of interface {interface} in net:[{netns}]: {error:#}");
+            if let Err(error) = settle(key) {
+                tracing::warn!("closing the port of {key:?}: {error:#}");
             }
         });
         if let Err(error) = settled {
@@ -267,18 +378,32 @@ impl Drop for Owned {
     }
 }
 
-/// What a rule did.
+/// What a rule did, in packets where nothing else is said. One GSO packet is one packet.
 #[derive(Debug, Clone, Default)]
 pub struct Figures {
-    /// Packets that matched, where one GSO packet is one packet.
+    /// Matched.
     pub matched: u64,
-    /// Their bytes.
+    /// Segments of those.
+    pub segments: u64,
+    /// Bytes of those.
     pub bytes: u64,
-    /// Packets dropped.
+    /// Dropped.
     pub dropped: u64,
-    /// Packets held back.
+    /// Held back.
     pub delayed: u64,
-    /// Packets that were to be held back and got lost for want of memory.
+    /// Sent twice.
+    pub duplicated: u64,
+    /// With a bit flipped.
+    pub corrupted: u64,
+    /// Sent ahead of others.
+    pub reordered: u64,
+    /// Refused with an answer.
+    pub refused: u64,
+    /// Upon which a connection was reset.
+    pub reset: u64,
+    /// DNS queries answered.
+    pub answered: u64,
+    /// That were to be hurt otherwise and got lost for want of memory.
     pub failed: u64,
     /// From the beginning of the fault to the first packet that matched.
     pub first_match: Option<Duration>,
@@ -290,9 +415,16 @@ impl Figures {
     #[must_use]
     pub fn plus(mut self, other: &Self) -> Self {
         self.matched += other.matched;
+        self.segments += other.segments;
         self.bytes += other.bytes;
         self.dropped += other.dropped;
         self.delayed += other.delayed;
+        self.duplicated += other.duplicated;
+        self.corrupted += other.corrupted;
+        self.reordered += other.reordered;
+        self.refused += other.refused;
+        self.reset += other.reset;
+        self.answered += other.answered;
         self.failed += other.failed;
         self.first_match = [self.first_match, other.first_match].into_iter().flatten().min();
         self.delays.resize(BUCKETS, (0, 0));
@@ -303,7 +435,7 @@ impl Figures {
         self
     }
 
-    /// A quantile of the delay that was added, in seconds; `None` where no packet was delayed.
+    /// A quantile of the delay that was added, as measured, in seconds; `None` where no packet was delayed.
     #[must_use]
     pub fn delay(&self, q: f64) -> Option<f64> {
         quantile(&self.delays, q).map(|ns| ns / 1e9)
@@ -316,85 +448,95 @@ struct Port {
     support: Support,
     netns: Arc<Netns>,
     interface: Interface,
+    outside: bool,
     programs: Programs,
+    desk: Arc<Desk>,
     attached: [bool; 2],
-    taps: [Option<Tap>; 2],
-    edt: bool,
+    line: Option<Line>,
+    taps: [Option<Tap>; LANES],
     made_clsact: bool,
-    /// The longest delay any rule asked for, which is how long `sch_fq` may hold a packet.
+    made_localnet: bool,
+    /// The longest time for which any rule holds a packet.
     longest: Duration,
     clauses: [Option<(usize, Clause)>; CLAUSES],
     rules: [bool; RULES],
     trie: BTreeMap<Cidr, u64>,
+    cgroups: BTreeMap<u64, u64>,
 }
 
 impl Port {
-    fn open(support: Support, netns: Arc<Netns>, interface: Interface) -> Result<Self> {
+    fn open(support: Support, netns: Arc<Netns>, interface: Interface, outside: bool) -> Result<Self> {
         let link_header = interface
             .link_header
             .ok_or_else(|| anyhow!("{} has a link layer that is not supported", interface.name))?;
         let programs = Programs::get()?;
-        let table = programs.table();
+        let table = Arc::clone(programs.table());
         table.guard.store(u64::from(random() as u32 | 1));
         table.link_header.store(u64::from(link_header));
         table.ifindex.store(u64::from(interface.index));
+        table.outside.store(u64::from(outside));
+        let desk =
+            Arc::new(Desk { table, delays: Arc::clone(programs.delays()), dns: Mutex::default() });
         Ok(Self {
             support,
             netns,
             interface,
+            outside,
             programs,
+            desk,
             attached: [false; 2],
-            taps: [None, None],
-            edt: false,
+            line: None,
+            taps: [const { None }; LANES],
             made_clsact: false,
+            made_localnet: false,
             longest: Duration::ZERO,
             clauses: [const { None }; CLAUSES],
             rules: [false; RULES],
             trie: BTreeMap::new(),
+            cgroups: BTreeMap::new(),
         })
     }
 
-    fn add(&mut self, clauses: &[Clause], action: Action, window: Window) -> Result<usize> {
+    fn add(&mut self, spec: Spec, window: Window) -> Result<usize> {
         let rule = self
             .rules
             .iter()
             .position(|&used| !used)
             .ok_or_else(|| anyhow!("{} has {RULES} rules already", self.interface.name))?;
-        self.prepare(clauses, &action)?;
-        let cells = &self.programs.table().rules[rule];
-        for counter in
-            [&cells.matched, &cells.bytes, &cells.dropped, &cells.delayed, &cells.failed, &cells.first_match]
-        {
-            counter.store(0);
-        }
-        for bucket in &self.programs.delays()[rule * BUCKETS..][..BUCKETS] {
+        self.prepare(&spec)?;
+        let cells = &self.desk.table.rules[rule];
+        cells.counters().into_iter().for_each(|counter| counter.store(0));
+        cells.memory.clear();
+        for bucket in &self.desk.delays[rule * BUCKETS..][..BUCKETS] {
             bucket.count.store(0);
             bucket.sum.store(0);
         }
-        self.write_action(rule, action);
+        self.write_action(rule, &spec)?;
+        let cells = &self.desk.table.rules[rule];
         cells.not_before.store(window.not_before.0);
         cells.until.store(window.until.0);
         let end = self.clauses.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
         self.rules[rule] = true;
-        if let Err(error) = self.insert(end, rule, clauses) {
+        if let Err(error) = self.insert(end, rule, &spec.clauses) {
             self.remove(rule)?;
             return Err(error);
         }
         Ok(rule)
     }
 
-    fn change(&mut self, rule: usize, clauses: &[Clause], action: Action) -> Result<()> {
-        self.prepare(clauses, &action)?;
+    fn change(&mut self, rule: usize, spec: Spec) -> Result<()> {
+        self.prepare(&spec)?;
+        let clauses = &spec.clauses;
         let old: Vec<usize> = self.slots_of(rule);
         let same = old.iter().filter_map(|&slot| self.clauses[slot].as_ref().map(|(_, c)| c)).eq(clauses);
         if !same {
             let after = old.last().map_or(0, |last| last + 1);
             if self.free() >= clauses.len() {
-                // The new ones behind the old, then the old ones away: no packet passes in between.
+                // The new ones behind the old, then the old ones away, exceptions last: no packet passes in between.
                 self.insert(after, rule, clauses)?;
                 let kept = clauses.len();
                 let slots = self.slots_of(rule);
-                for &slot in &slots[..slots.len() - kept] {
+                for &slot in slots[..slots.len() - kept].iter().rev() {
                     self.clear(slot)?;
                 }
             } else {
@@ -405,25 +547,29 @@ impl Port {
                 self.insert(first, rule, clauses)?;
             }
         }
-        self.write_action(rule, action);
-        Ok(())
+        self.write_action(rule, &spec)
     }
 
     fn remove(&mut self, rule: usize) -> Result<()> {
-        for slot in self.slots_of(rule) {
+        for slot in self.slots_of(rule).into_iter().rev() {
             self.clear(slot)?;
         }
+        lock(&self.desk.dns).remove(&rule);
         self.rules[rule] = false;
         Ok(())
     }
 
-    fn write_action(&self, rule: usize, action: Action) {
-        let cells = &self.programs.table().rules[rule];
-        cells.seed.store(action.seed);
-        cells.share.store(action.share);
-        cells.loss.store(action.loss);
-        cells.jitter.store(action.jitter);
-        cells.latency.store(action.latency);
+    fn write_action(&mut self, rule: usize, spec: &Spec) -> Result<()> {
+        let mut action = spec.action;
+        if let Some(quantiles) = &spec.quantiles {
+            action.table = 1 + self.programs.set_quantiles(rule, quantiles)? as u64;
+        }
+        match &spec.dns {
+            Some(dns) => lock(&self.desk.dns).insert(rule, dns.clone()),
+            None => lock(&self.desk.dns).remove(&rule),
+        };
+        self.desk.table.rules[rule].action.store(&action);
+        Ok(())
     }
 
     fn slots_of(&self, rule: usize) -> Vec<usize> {
@@ -480,16 +626,21 @@ impl Port {
         let bit = 1_u64 << slot;
         let write = |cell: &Cell, on: bool| if on { cell.set(bit) } else { cell.clear(bit) };
         table.rule_of[slot].store(rule as u64);
+        table.clauses_of[rule].set(bit);
+        write(&table.except, clause.except);
         write(&table.any_peer, clause.cidrs.is_empty());
-        write(&table.any_peer_port, clause.peer_ports.is_empty());
-        write(&table.any_local_port, clause.local_ports.is_empty());
+        write(&table.any_cgroup, clause.cgroups.is_none());
+        write(&table.plain, clause.is_plain());
+        for dimension in Dimension::ALL {
+            write(&table.any[dimension as usize], clause.values(dimension).is_none());
+        }
         for protocol in [Protocol::Other, Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
             write(&table.protocol[protocol as usize], clause.protocol.is_none_or(|p| p == protocol));
         }
-        self.for_ports(&clause, |cell| cell.set(bit));
+        self.for_values(&clause, |cell| cell.set(bit));
         let (egress, ingress) = (clause.egress, clause.ingress);
         self.clauses[slot] = Some((rule, clause));
-        self.write_trie()?;
+        self.write_maps()?;
         write(&table.live[Direction::Egress as usize], egress);
         write(&table.live[Direction::Ingress as usize], ingress);
         Ok(())
@@ -497,125 +648,203 @@ impl Port {
 
     fn clear(&mut self, slot: usize) -> Result<()> {
         let bit = 1_u64 << slot;
-        for cell in &self.programs.table().live {
+        let table = Arc::clone(self.programs.table());
+        for cell in &table.live {
             cell.clear(bit);
         }
-        if let Some((_, clause)) = self.clauses[slot].take() {
-            self.for_ports(&clause, |cell| cell.clear(bit));
-            self.write_trie()?;
+        if let Some((rule, clause)) = self.clauses[slot].take() {
+            table.clauses_of[rule].clear(bit);
+            self.for_values(&clause, |cell| cell.clear(bit));
+            self.write_maps()?;
         }
         Ok(())
     }
 
-    fn for_ports(&self, clause: &Clause, f: impl Fn(&Cell)) {
-        let ports = self.programs.ports();
-        for (base, ranges) in [(0, &clause.peer_ports), (LOCAL_PORTS, &clause.local_ports)] {
-            for &Ports { first, last } in ranges {
-                ports[base + usize::from(first)..=base + usize::from(last)].iter().for_each(&f);
+    fn for_values(&self, clause: &Clause, f: impl Fn(&Cell)) {
+        let sets = self.programs.sets();
+        for dimension in Dimension::ALL {
+            for value in clause.values(dimension).unwrap_or_default() {
+                f(&sets[dimension.base() + usize::from(value)]);
             }
         }
     }
 
-    /// Brings the trie of peers up to date: new entries before old ones go.
-    fn write_trie(&mut self) -> Result<()> {
-        let clauses = self.clauses.iter().enumerate();
-        let wanted =
-            prefixes(clauses.filter_map(|(bit, slot)| slot.as_ref().map(|(_, clause)| (bit, clause))));
-        for (cidr, set) in &wanted {
+    /// Brings the maps of peers and of cgroups up to date: new entries before old ones go.
+    fn write_maps(&mut self) -> Result<()> {
+        let clauses = || {
+            let all = self.clauses.iter().enumerate();
+            all.filter_map(|(bit, slot)| slot.as_ref().map(|(_, clause)| (bit, clause)))
+        };
+        let peers = prefixes(clauses());
+        let mut cgroups: BTreeMap<u64, u64> = BTreeMap::new();
+        for (bit, clause) in clauses() {
+            for id in clause.cgroups.iter().flatten() {
+                *cgroups.entry(*id).or_insert(0) |= 1 << bit;
+            }
+        }
+        for (cidr, set) in &peers {
             if self.trie.get(cidr) != Some(set) {
                 self.programs.set_peers(cidr, *set)?;
             }
         }
-        for cidr in self.trie.keys().filter(|cidr| !wanted.contains_key(cidr)) {
+        for cidr in self.trie.keys().filter(|cidr| !peers.contains_key(cidr)) {
             self.programs.remove_peers(cidr)?;
         }
-        self.trie = wanted;
+        self.trie = peers;
+        for (id, set) in &cgroups {
+            if self.cgroups.get(id) != Some(set) {
+                self.programs.set_cgroup(*id, *set)?;
+            }
+        }
+        for id in self.cgroups.keys().filter(|id| !cgroups.contains_key(id)) {
+            self.programs.remove_cgroup(*id)?;
+        }
+        self.cgroups = cgroups;
         Ok(())
     }
 
-    /// Attaches what the clauses need, and sets up what holds packets back.
-    fn prepare(&mut self, clauses: &[Clause], action: &Action) -> Result<()> {
-        let delays = action.latency + action.jitter > 0;
-        self.longest = self.longest.max(Duration::from_nanos(action.latency + action.jitter));
-        let ways = [Direction::Egress, Direction::Ingress].map(|way| {
-            let wanted = clauses.iter().any(|clause| match way {
-                Direction::Egress => clause.egress,
-                Direction::Ingress => clause.ingress,
-            });
-            (way, wanted)
-        });
+    /// Attaches what a rule needs, and sets up its detours.
+    fn prepare(&mut self, spec: &Spec) -> Result<()> {
+        self.longest = self.longest.max(Duration::from_nanos(spec.longest()));
         let netns = Arc::clone(&self.netns);
         netns.run(|| {
             let mut netlink = Netlink::open()?;
-            for (way, wanted) in ways {
-                if wanted && delays {
-                    self.hold(&mut netlink, way)?;
+            if spec.detours() && self.interface.loopback && !localnet::allowed()? {
+                localnet::set(true)?;
+                self.made_localnet = true;
+            }
+            for way in [Direction::Egress, Direction::Ingress] {
+                if !spec.passes(way) {
+                    continue;
                 }
-                if wanted && !self.attached[way as usize] {
-                    self.attach(&mut netlink, way)?;
+                let hook = if self.outside { way.other() } else { way };
+                if spec.holds() {
+                    self.hold(&mut netlink, hook)?;
+                }
+                if spec.segments() {
+                    self.tap(&mut netlink, Lane::Segment, hook, false)?;
+                }
+                if !self.attached[hook as usize] {
+                    self.attach(&mut netlink, hook)?;
                 }
             }
-            Ok(())
+            if spec.works() { self.work(&mut netlink) } else { Ok(()) }
         })
     }
 
-    fn attach(&mut self, netlink: &mut Netlink, way: Direction) -> Result<()> {
+    fn attach(&mut self, netlink: &mut Netlink, hook: Direction) -> Result<()> {
         if self.support.hook == Hook::Clsact && !netlink.has_clsact(self.interface.index)? {
             netlink.add_clsact(self.interface.index)?;
             self.made_clsact = true;
         }
-        self.programs.attach(Program::Port(way), &self.interface.name, self.support.hook)?;
-        self.attached[way as usize] = true;
+        self.programs.attach(Program::Port(hook), &self.interface.name, self.support.hook)?;
+        self.attached[hook as usize] = true;
         Ok(())
     }
 
-    fn hold(&mut self, netlink: &mut Netlink, way: Direction) -> Result<()> {
-        if self.taps[way as usize].is_some() || (way == Direction::Egress && self.edt) {
+    fn hold(&mut self, netlink: &mut Netlink, hook: Direction) -> Result<()> {
+        if self.support.holder(&self.interface)? == Holder::Tap {
+            return self.tap(netlink, Lane::Hold, hook, true);
+        }
+        if self.line.is_some() {
             return Ok(());
         }
-        let root = netlink.root_qdisc(self.interface.index)?;
-        match self.support.holder(way, &self.interface, root.as_ref())? {
-            Holder::Edt => {
-                netlink.set_root_fq(self.interface.index)?;
-                self.edt = true;
-                self.programs.table().edt.store(1);
-            }
-            Holder::Tap => {
-                let device = Device::create()?;
-                attach_tap(&mut self.programs, netlink, &device, self.support.hook)?;
-                device.up()?;
-                let (table, delays) = (self.programs.table(), self.programs.delays());
-                let tap = device.start(Arc::clone(table), Arc::clone(delays))?;
-                self.programs.table().tap[way as usize].store(u64::from(tap.index()));
-                self.taps[way as usize] = Some(tap);
-            }
+        let (index, outside) = (self.interface.index, self.outside);
+        let line = Line::create(netlink, index, outside)?;
+        // From here on it is ours to remove.
+        self.line = Some(line);
+        attach_line(&mut self.programs, netlink, &line, index, outside, self.support.hook)?;
+        let table = self.programs.table();
+        table.line.store(1);
+        for (hook, end) in [Direction::Egress, Direction::Ingress].into_iter().zip(line.ends) {
+            let lane = Lane::Hold.index(hook);
+            table.open_until[lane].store(u64::MAX);
+            table.lane[lane].store(u64::from(end));
         }
+        Ok(())
+    }
+
+    /// A TAP device of its own for packets of one direction.
+    fn tap(&mut self, netlink: &mut Netlink, lane: Lane, hook: Direction, whole: bool) -> Result<()> {
+        if self.taps[lane.index(hook)].is_none() {
+            let device = self.device(netlink, whole)?;
+            self.start(device, lane, hook, None)?;
+        }
+        Ok(())
+    }
+
+    /// The pair of TAP devices where packets are changed, and answered the other way.
+    fn work(&mut self, netlink: &mut Netlink) -> Result<()> {
+        if self.taps[Lane::Work.index(Direction::Egress)].is_some() {
+            return Ok(());
+        }
+        self.support.worker(&self.interface)?;
+        let [out, back] = [self.device(netlink, false)?, self.device(netlink, false)?];
+        let answers = [back.answers()?, out.answers()?];
+        let hooks = [Direction::Egress, Direction::Ingress];
+        // An answer may come before the other queue takes packets, so both are known first.
+        for (hook, device) in hooks.into_iter().zip([&out, &back]) {
+            self.programs.table().lane[Lane::Work.index(hook)].store(u64::from(device.index()));
+        }
+        for (hook, (device, answers)) in hooks.into_iter().zip([out, back].into_iter().zip(answers)) {
+            self.start(device, Lane::Work, hook, Some(answers))?;
+        }
+        Ok(())
+    }
+
+    fn device(&mut self, netlink: &mut Netlink, whole: bool) -> Result<Device> {
+        let device = Device::create(whole)?;
+        attach_tap(&mut self.programs, netlink, &device, self.support.hook)?;
+        device.up()?;
+        Ok(device)
+    }
+
+    fn start(&mut self, device: Device, lane: Lane, hook: Direction, answers: Option<std::fs::File>) -> Result<()> {
+        let index = lane.index(hook);
+        let tap = device.start(index, Arc::clone(&self.desk), answers)?;
+        self.programs.table().lane[index].store(u64::from(tap.index()));
+        self.taps[index] = Some(tap);
         Ok(())
     }
 
     /// Takes everything back.
     fn close(self) -> Result<()> {
-        let Self { netns, interface, programs, attached, taps, edt, made_clsact, longest, support, .. } =
-            self;
+        let Self {
+            netns,
+            interface,
+            outside,
+            programs,
+            attached,
+            line,
+            taps,
+            made_clsact,
+            made_localnet,
+            longest,
+            support,
+            ..
+        } = self;
         let name = interface.name.clone();
         netns
             .run(move || {
                 let mut netlink = Netlink::open()?;
                 // The queues send off what they hold, which takes the programs.
                 drop(taps);
-                if edt {
-                    drain(&mut netlink, interface.index, longest.min(LONGEST_DRAIN))?;
+                if let Some(line) = line {
+                    drain(&mut netlink, &line, longest.min(LONGEST_DRAIN))?;
                 }
                 // Links end here; filters are found by their names.
                 drop(programs);
                 if support.hook == Hook::Clsact && attached.contains(&true) {
                     remove_filters(&interface.name)?;
                 }
-                if edt {
-                    netlink.remove_root_fq(interface.index)?;
+                if line.is_some() {
+                    Line::remove(&mut netlink, interface.index, outside)?;
                 }
                 if made_clsact {
                     netlink.remove_empty_clsact(interface.index)?;
+                }
+                if made_localnet {
+                    localnet::set(false)?;
                 }
                 Ok(())
             })
@@ -623,18 +852,34 @@ impl Port {
     }
 }
 
-/// Waits until a root qdisc is empty, or as long as it may hold a packet.
-fn drain(netlink: &mut Netlink, interface: u32, longest: Duration) -> Result<()> {
+/// Waits until a line is empty, or as long as it may hold a packet.
+fn drain(netlink: &mut Netlink, line: &Line, longest: Duration) -> Result<()> {
     let end = Instant::now() + longest;
-    while Instant::now() < end {
-        match netlink.root_qdisc(interface)? {
-            Some(root) if root.handle == OUR_QDISC && root.packets > 0 => {
-                thread::sleep(Duration::from_millis(5));
-            }
-            _ => break,
-        }
+    while Instant::now() < end && line.packets(netlink)? > 0 {
+        thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// Whether the loopback interface of the calling thread's network namespace takes packets to 127.0.0.0/8 that come without
+/// their route, as they do after a detour (`ip_route_input_slow`, Linux 6.1 net/ipv4/route.c). For this interface alone
+/// that lets nobody in: what comes from it comes from this host.
+pub mod localnet {
+    use std::fs;
+
+    use anyhow::{Context, Result};
+
+    const FILE: &str = "/proc/sys/net/ipv4/conf/lo/route_localnet";
+
+    /// Whether it does.
+    pub fn allowed() -> Result<bool> {
+        Ok(fs::read_to_string(FILE).with_context(|| format!("reading {FILE}"))?.trim() == "1")
+    }
+
+    /// Lets it, or not.
+    pub fn set(allowed: bool) -> Result<()> {
+        fs::write(FILE, if allowed { "1" } else { "0" }).with_context(|| format!("writing {FILE}"))
+    }
 }
 
 /// A number that nobody can guess, from the seed that the standard library draws for its hash tables.

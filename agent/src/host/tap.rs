@@ -1,25 +1,27 @@
-//! A TAP device whose queue in this process holds packets back, for kernels or interfaces without `sch_fq`.
+//! TAP devices whose queues in this process hold packets back, change them, or answer them.
 //!
-//! Our eBPF program redirects a packet to the device; the thread here reads it with its departure time in front
-//! ([`squall_common::tap`]), keeps it until then, and writes it back, whereupon another program sends it on its way.
-//! Offloads stay whole: the virtio header says what is still to be segmented or summed.
+//! Our eBPF program redirects a packet to a device; the thread here reads it with what is to be done with it in front
+//! ([`squall_common::tap`]), keeps it until its time, and writes it back, whereupon another program sends it on its way.
+//! Where packets are only held, offloads stay whole: the virtio header says what is still to be segmented or summed. A
+//! device whose packets are changed has no offloads, so that the kernel segments and sums first.
 //!
-//! The device is bound to the process. When the process dies, so does the device, and packets in it are lost.
+//! A device is bound to the process. When the process dies, so does the device, and packets in it are lost. A queue that
+//! does not run any more stops moving its time in [`Table::open_until`], and the program sends it no more packets.
 
 #![expect(unsafe_code, reason = "ioctls of the TAP driver")]
 
 use std::{
     cmp::Reverse,
-    collections::BinaryHeap,
+    collections::{BinaryHeap, HashMap},
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd},
         unix::fs::OpenOptionsExt,
     },
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -33,12 +35,17 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use squall_common::{
+    decide::hash,
     histogram::{BUCKETS, bucket},
-    table::{Bucket, HISTOGRAM, RULES, Table},
-    tap::{Header, LEN},
+    table::{Bucket, HISTOGRAM, RULES, Rule, Table},
+    tap::{Header, Job, LEN},
 };
 
 use super::bpf::Mapped;
+use crate::{
+    frame::{self, Dns, Verdict},
+    time::BootTime,
+};
 
 /// `struct virtio_net_hdr` without the count of merged buffers, which TAP does not send unless asked.
 const VNET: usize = 10;
@@ -50,6 +57,15 @@ const MOST_BYTES: usize = 256 << 20;
 const BATCH: usize = 32;
 /// Frames the device keeps for us to read.
 const QUEUE: libc::c_int = 16_384;
+
+/// For so long the program takes a queue to be there that has not said so again.
+const ALIVE: Duration = Duration::from_secs(1);
+/// How often a queue says so.
+const BEAT: Duration = Duration::from_millis(250);
+/// The bits of an arrival time that travel with a packet.
+const ARRIVED: u64 = (1 << 48) - 1;
+/// Stream of the draws for which bit is flipped, beside those of [`squall_common::decide`].
+const BIT: u64 = 100;
 
 mod ioctls {
     use nix::{ioctl_write_int, ioctl_write_ptr_bad};
@@ -69,6 +85,17 @@ mod ioctls {
 /// `TUN_F_*`: checksums, TCP segmentation for IPv4 and IPv6 with ECN, and (6.2) UDP segmentation.
 const OFFLOADS: [libc::c_ulong; 2] = [0x01 | 0x02 | 0x04 | 0x08 | 0x20 | 0x40, 0x01 | 0x02 | 0x04 | 0x08];
 
+/// What the queues of a port share with it.
+#[derive(Debug)]
+pub struct Desk {
+    /// The rules.
+    pub table: Arc<Mapped<Table>>,
+    /// The histograms of delays.
+    pub delays: Arc<Mapped<[Bucket; HISTOGRAM]>>,
+    /// What rules say about DNS.
+    pub dns: Mutex<HashMap<usize, Dns>>,
+}
+
 /// A TAP device that has no queue yet.
 #[derive(Debug)]
 pub struct Device {
@@ -78,8 +105,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// Makes a device, down, in the calling thread's network namespace.
-    pub fn create() -> Result<Self> {
+    /// Makes a device, down, in the calling thread's network namespace. `whole`: GSO packets stay whole, and checksums undone.
+    pub fn create(whole: bool) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -99,9 +126,13 @@ impl Device {
             // SAFETY: the argument is a number.
             unsafe { ioctls::tun_set_offload(file.as_raw_fd(), flags) }
         };
-        offload(OFFLOADS[0])
-            .or_else(|_| offload(OFFLOADS[1]))
-            .context("asking the TAP device for segmentation offload")?;
+        if whole {
+            offload(OFFLOADS[0])
+                .or_else(|_| offload(OFFLOADS[1]))
+                .context("asking the TAP device for segmentation offload")?;
+        } else {
+            offload(0).context("asking the TAP device for no offload")?;
+        }
         Ok(Self { file, name, index })
     }
 
@@ -141,19 +172,27 @@ impl Device {
         self.index
     }
 
-    /// Starts to hold packets back.
-    pub fn start(self, table: Arc<Mapped<Table>>, delays: Arc<Mapped<[Bucket; HISTOGRAM]>>) -> Result<Tap> {
+    /// A way to send packets out of the device that no queue took in.
+    pub fn answers(&self) -> Result<File> {
+        self.file.try_clone().context("taking a second handle of a TAP device")
+    }
+
+    /// Starts its queue, as the lane with this index. Answers to packets leave through `answers`.
+    pub fn start(self, lane: usize, desk: Arc<Desk>, answers: Option<File>) -> Result<Tap> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let index = self.index;
         let mut queue = Queue {
             file: self.file,
+            answers,
+            lane,
             stop: Arc::clone(&stop),
-            table,
-            delays,
+            desk,
             held: BinaryHeap::new(),
             bytes: 0,
             sequence: 0,
+            last: (0, 0),
         };
+        queue.beat();
         let thread = thread::Builder::new()
             .name(self.name.clone())
             .spawn(move || {
@@ -204,6 +243,18 @@ impl Drop for Tap {
     }
 }
 
+/// What a queue does with a packet when it is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Task {
+    Send,
+    Corrupt,
+    CorruptSilently,
+    Refuse,
+    Reset,
+    /// The frame is an answer already.
+    Answer,
+}
+
 /// A packet held back. The order is by departure, then by arrival.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Held {
@@ -211,17 +262,22 @@ struct Held {
     sequence: u64,
     arrived: u64,
     rule: u16,
+    task: Task,
+    /// The virtio header and the frame.
     frame: Vec<u8>,
 }
 
 struct Queue {
     file: File,
+    answers: Option<File>,
+    lane: usize,
     stop: Arc<EventFd>,
-    table: Arc<Mapped<Table>>,
-    delays: Arc<Mapped<[Bucket; HISTOGRAM]>>,
+    desk: Arc<Desk>,
     held: BinaryHeap<Reverse<Held>>,
     bytes: usize,
     sequence: u64,
+    /// Rule and arrival of the last packet, by which segments of one packet are known.
+    last: (u16, u64),
 }
 
 impl Queue {
@@ -233,18 +289,23 @@ impl Queue {
             tracing::debug!("raising the priority of a TAP queue: {}", io::Error::last_os_error());
         }
         let mut buffer = vec![0; LONGEST];
+        let mut beat = Instant::now();
         loop {
+            if beat.elapsed() >= BEAT {
+                self.beat();
+                beat = Instant::now();
+            }
             self.send_due(now())?;
             if self.read(&mut buffer)? {
                 continue;
             }
-            let wait =
-                self.held.peek().map(|Reverse(next)| Duration::from_nanos(next.due.saturating_sub(now())));
+            let next = self.held.peek().map(|Reverse(next)| Duration::from_nanos(next.due.saturating_sub(now())));
+            let wait = next.map_or(BEAT, |next| next.min(BEAT));
             let mut fds = [
                 PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
             ];
-            match ppoll(&mut fds, wait.map(Into::into), None) {
+            match ppoll(&mut fds, Some(wait.into()), None) {
                 Ok(_) | Err(nix::Error::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -258,6 +319,16 @@ impl Queue {
                 return Err(io::Error::other("the device is gone"));
             }
         }
+    }
+
+    /// Says that packets may come.
+    fn beat(&self) {
+        let until = BootTime::now().0 + ALIVE.as_nanos() as u64;
+        self.desk.table.open_until[self.lane].store(until);
+    }
+
+    fn rule(&self, number: u16) -> &Rule {
+        &self.desk.table.rules[usize::from(number) % RULES]
     }
 
     /// Reads what has come, up to a batch. Whether there may be more.
@@ -275,41 +346,136 @@ impl Queue {
     }
 
     fn take(&mut self, bytes: &[u8]) {
-        let Some((header, frame)) = unwrap(bytes) else { return };
+        let Some((header, mut frame)) = unwrap(bytes) else { return };
         if self.bytes + frame.len() > MOST_BYTES {
-            self.table.rules[usize::from(header.rule) % RULES].failed.add(1);
+            self.rule(header.rule).failed.add(1);
             return;
         }
+        let first = self.last != (header.rule, header.arrived);
+        self.last = (header.rule, header.arrived);
+        let mut due = header.due;
+        let task = match Job::from_number(header.job) {
+            Some(Job::Send) | None => Task::Send,
+            // One segment suffers for the packet.
+            Some(Job::Corrupt | Job::CorruptSilently) if !first => Task::Send,
+            Some(Job::Corrupt) => Task::Corrupt,
+            Some(Job::CorruptSilently) => Task::CorruptSilently,
+            Some(Job::Refuse) => Task::Refuse,
+            Some(Job::Reset) if first => Task::Reset,
+            Some(Job::Reset) => return,
+            Some(Job::Dns) => match self.judge(header.rule, &frame[VNET..]) {
+                None | Some((Verdict::Pass, _)) => Task::Send,
+                Some((Verdict::Drop, _)) => {
+                    self.rule(header.rule).dropped.add(1);
+                    return;
+                }
+                Some((Verdict::Late, delay)) => {
+                    due += delay.as_nanos() as u64;
+                    self.rule(header.rule).delayed.add(1);
+                    Task::Send
+                }
+                Some((Verdict::Answer(answer), delay)) => {
+                    due += delay.as_nanos() as u64;
+                    frame = [&[0; VNET][..], &answer].concat();
+                    Task::Answer
+                }
+            },
+        };
         self.bytes += frame.len();
         self.sequence += 1;
         self.held.push(Reverse(Held {
-            due: header.due,
+            due,
             sequence: self.sequence,
             arrived: header.arrived,
             rule: header.rule,
+            task,
             frame,
         }));
     }
 
-    /// Sends what is due.
+    fn judge(&self, rule: u16, frame: &[u8]) -> Option<(Verdict, Duration)> {
+        let dns = self.desk.dns.lock().unwrap_or_else(PoisonError::into_inner);
+        let dns = dns.get(&usize::from(rule))?;
+        Some((dns.judge(frame), dns.delay))
+    }
+
+    /// Does what is due.
     fn send_due(&mut self, now: u64) -> io::Result<()> {
         while self.held.peek().is_some_and(|Reverse(next)| next.due <= now) {
             let Some(Reverse(packet)) = self.held.pop() else { break };
             self.bytes -= packet.frame.len();
-            let rule = usize::from(packet.rule) % RULES;
-            match (&self.file).write(&packet.frame) {
-                Ok(_) => {
-                    let delay = self::now().saturating_sub(packet.arrived);
-                    let bucket = &self.delays[rule * BUCKETS + bucket(delay)];
-                    bucket.count.add(1);
-                    bucket.sum.add(delay);
-                }
-                // EINVAL: a header the kernel takes offence at. The others: no memory, the device is down.
+            match self.carry_out(packet) {
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(error),
-                Err(_) => self.table.rules[rule].failed.add(1),
+                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Does one task, and counts it.
+    fn carry_out(&self, mut packet: Held) -> io::Result<()> {
+        let rule = self.rule(packet.rule);
+        let done = match packet.task {
+            Task::Send => self.send(&packet),
+            Task::Corrupt | Task::CorruptSilently => {
+                let draw = hash(rule.action.seed.load(), rule.corrupted.load(), BIT);
+                let (vnet, frame) = packet.frame.split_at_mut(VNET);
+                // Nothing vouches for this checksum.
+                vnet.fill(0);
+                let flipped = if packet.task == Task::Corrupt {
+                    frame::corrupt(frame, draw)
+                } else {
+                    frame::corrupt_silently(frame, draw)
+                };
+                let sent = self.send(&packet);
+                if sent.is_ok() && flipped {
+                    rule.corrupted.add(1);
+                }
+                sent
+            }
+            // What must not be answered is lost, as at a firewall.
+            Task::Refuse => match frame::refusal(&packet.frame[VNET..]) {
+                Some(answer) => self.answer(&answer).map(|()| rule.refused.add(1)),
+                None => {
+                    rule.dropped.add(1);
+                    Ok(())
+                }
+            },
+            Task::Reset => match frame::resets(&packet.frame[VNET..]) {
+                Some([back, onward]) => {
+                    let onward = [&[0; VNET][..], &onward].concat();
+                    self.answer(&back)
+                        .and_then(|()| (&self.file).write(&onward))
+                        .map(|_| rule.reset.add(1))
+                }
+                None => self.send(&packet),
+            },
+            Task::Answer => self.answer(&packet.frame[VNET..]).map(|()| rule.answered.add(1)),
+        };
+        // EINVAL: a header the kernel takes offence at. The others: no memory, the device is down.
+        if done.is_err() {
+            rule.failed.add(1);
+        }
+        done
+    }
+
+    fn send(&self, packet: &Held) -> io::Result<()> {
+        (&self.file).write(&packet.frame)?;
+        if packet.due & ARRIVED != packet.arrived {
+            let delay = now().wrapping_sub(packet.arrived) & ARRIVED;
+            let rule = usize::from(packet.rule) % RULES;
+            let bucket = &self.desk.delays[rule * BUCKETS + bucket(delay)];
+            bucket.count.add(1);
+            bucket.sum.add(delay);
+        }
+        Ok(())
+    }
+
+    fn answer(&self, frame: &[u8]) -> io::Result<()> {
+        let Some(mut answers) = self.answers.as_ref() else {
+            return Err(io::Error::other("this queue has no way back"));
+        };
+        answers.write(&[&[0; VNET][..], frame].concat()).map(drop)
     }
 }
 
@@ -353,7 +519,7 @@ mod tests {
 
     #[test]
     fn the_packet_comes_out_as_it_went_in() {
-        let header = Header { rule: 3, arrived: 1, due: 2 };
+        let header = Header { rule: 3, job: Job::Send as u8, arrived: 1, due: 2 };
         // Needs a checksum at 34 + 16 behind our header; TCP over IPv4 in pieces of 1448 bytes.
         let vnet = |more: u16| {
             let mut v = [1, 1, 0, 0, 0xa8, 0x05, 0, 0, 16, 0];
@@ -377,7 +543,14 @@ mod tests {
 
     #[test]
     fn packets_leave_by_time_then_in_order() {
-        let held = |due, sequence| Held { due, sequence, arrived: 0, rule: 0, frame: Vec::new() };
+        let held = |due, sequence| Held {
+            due,
+            sequence,
+            arrived: 0,
+            rule: 0,
+            task: Task::Send,
+            frame: Vec::new(),
+        };
         let mut heap: BinaryHeap<_> =
             [(5, 1), (3, 2), (5, 0), (3, 1)].map(|(d, s)| Reverse(held(d, s))).into();
         let mut order = Vec::new();

@@ -10,14 +10,14 @@ use rtnetlink::{
     },
     packet_route::{
         RouteNetlinkMessage,
-        link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
+        link::{
+            AfSpecUnspec, AfSpecInet6, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
+            LinkInfo, LinkLayerType, LinkMessage,
+        },
         tc::{TcAttribute, TcHandle, TcHeader, TcMessage, TcOption, TcStats2},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
-
-/// The handle of a root qdisc that we put there: nobody else picks it, so nothing else is ever removed.
-pub const OUR_QDISC: TcHandle = TcHandle { major: 0x5ca1, minor: 0 };
 
 /// An interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,8 +39,6 @@ pub struct Interface {
 pub struct Qdisc {
     /// Its kind: `fq`, `noqueue`, …
     pub kind: String,
-    /// Its handle. Major 0 is the kernel's own choice, made again when another is removed.
-    pub handle: TcHandle,
     /// Where it hangs.
     pub parent: TcHandle,
     /// Packets in it.
@@ -74,6 +72,60 @@ impl Netlink {
                 _ => None,
             })
             .collect())
+    }
+
+    /// Makes a veth pair of these names, up, without ARP or addresses, for packets of any length. Gives the indexes.
+    pub fn add_veth(&mut self, names: [&str; 2]) -> Result<[u32; 2]> {
+        let end = |name: &str| {
+            let mut link = LinkMessage::default();
+            link.attributes.push(LinkAttribute::IfName(name.to_owned()));
+            link.attributes.push(LinkAttribute::Mtu(65_535));
+            link
+        };
+        let mut link = end(names[0]);
+        let peer = InfoData::Veth(InfoVeth::Peer(end(names[1])));
+        link.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
+        self.call(RouteNetlinkMessage::NewLink(link), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
+            .with_context(|| format!("making the veth pair {} and {}", names[0], names[1]))?;
+        let all = self.interfaces()?;
+        let index = |name: &str| {
+            let found = all.iter().find(|i| i.name == name);
+            found.map(|i| i.index).ok_or_else(|| anyhow::anyhow!("the interface {name} just made is gone"))
+        };
+        let indexes = [index(names[0])?, index(names[1])?];
+        for index in indexes {
+            self.quiet_up(index)?;
+        }
+        Ok(indexes)
+    }
+
+    /// Brings an interface up without an IPv6 address of its own making.
+    fn quiet_up(&mut self, index: u32) -> Result<()> {
+        let mut quiet = LinkMessage::default();
+        quiet.header.index = index;
+        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        quiet.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])]));
+        // Where there is no IPv6 there is nothing to keep quiet.
+        if let Err(error) = self.call(RouteNetlinkMessage::SetLink(quiet), NLM_F_ACK) {
+            tracing::debug!("keeping interface {index} without IPv6 addresses: {error:#}");
+        }
+        let mut up = LinkMessage::default();
+        up.header.index = index;
+        up.header.flags = LinkFlags::Up | LinkFlags::Noarp;
+        up.header.change_mask = up.header.flags;
+        self.call(RouteNetlinkMessage::SetLink(up), NLM_F_ACK)
+            .with_context(|| format!("bringing interface {index} up"))?;
+        Ok(())
+    }
+
+    /// Removes a link. One that is gone is a success.
+    pub fn remove_link(&mut self, index: u32) -> Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        match self.call(RouteNetlinkMessage::DelLink(link), NLM_F_ACK) {
+            Err(e) if !is_gone(&e) => Err(e.context(format!("removing interface {index}"))),
+            _ => Ok(()),
+        }
     }
 
     /// The qdiscs of an interface.
@@ -137,31 +189,15 @@ impl Netlink {
         Ok(!replies.is_empty())
     }
 
-    /// Makes an `sch_fq` that keeps departure times the root qdisc.
+    /// Makes an `sch_fq` that keeps departure times the root qdisc of an interface of our own.
     pub fn set_root_fq(&mut self, index: u32) -> Result<()> {
         let mut message = TcMessage::with_index(index as i32);
         message.header.parent = TcHandle::ROOT;
-        message.header.handle = OUR_QDISC;
         message.attributes.push(TcAttribute::Kind("fq".to_owned()));
         message.attributes.push(TcAttribute::Options(fq_options()));
         self.call(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
             .with_context(|| format!("making sch_fq the root qdisc of interface {index}"))?;
         Ok(())
-    }
-
-    /// Removes our root qdisc; the kernel puts its default back. Anything else at the root stays.
-    pub fn remove_root_fq(&mut self, index: u32) -> Result<()> {
-        match self.root_qdisc(index)? {
-            Some(root) if root.kind == "fq" && root.handle == OUR_QDISC => {}
-            _ => return Ok(()),
-        }
-        let mut message = TcMessage::with_index(index as i32);
-        message.header.parent = TcHandle::ROOT;
-        message.header.handle = OUR_QDISC;
-        match self.call(RouteNetlinkMessage::DelQueueDiscipline(message), NLM_F_ACK) {
-            Err(e) if !is_gone(&e) => Err(e.context(format!("removing our sch_fq from interface {index}"))),
-            _ => Ok(()),
-        }
     }
 
     /// Sends a request and collects what comes back.
@@ -267,7 +303,6 @@ fn interface(link: &LinkMessage) -> Interface {
 fn qdisc(message: &TcMessage) -> Qdisc {
     let mut qdisc = Qdisc {
         kind: String::new(),
-        handle: message.header.handle,
         parent: message.header.parent,
         packets: 0,
     };
