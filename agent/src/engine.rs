@@ -716,8 +716,7 @@ mod tests {
 
     impl Fault for Fake {
         const KIND: &'static str = "fake";
-        const SCOPE: Scope = Scope::Process;
-        type Undo = Undo;
+            type Undo = Undo;
         type Held = Held;
         type Proto = ();
 
@@ -725,7 +724,11 @@ mod tests {
             Err(Invalid::new("fake", "", "has no message", "build it"))
         }
 
-        fn check(&self, _: &Target, _: &Limits) -> Result<(), Invalid> {
+        fn scope(&self) -> Scope {
+        Scope::Process
+    }
+
+    fn check(&self, _: &Target, _: &Limits) -> Result<(), Invalid> {
             if self.level > 100 {
                 return Err(Invalid::new("fake.level", self.level, "too much", "at most 100"));
             }

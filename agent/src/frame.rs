@@ -86,7 +86,7 @@ fn spot(frame: &[u8]) -> Option<Spot> {
     let (checksum, header, optional) = match packet.transport.as_ref()? {
         TransportSlice::Tcp(tcp) => (16, tcp.header_len(), false),
         TransportSlice::Udp(_) => (6, 8, true),
-        TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_) => (2, 8, false),
+        TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_) | TransportSlice::Igmp(_) => (2, 8, false),
     };
     (start + header <= end).then(|| Spot { start, checksum: start + checksum, payload: start + header..end, optional })
 }
@@ -366,7 +366,7 @@ mod tests {
     /// Whether a frame's transport checksum is right, reckoned anew.
     fn is_right(frame: &[u8]) -> bool {
         let packet = SlicedPacket::from_ethernet(frame).unwrap();
-        let ends = match packet.net.as_ref().unwrap() {
+        let ends: [IpAddr; 2] = match packet.net.as_ref().unwrap() {
             NetSlice::Ipv4(ip) => [ip.header().source_addr().into(), ip.header().destination_addr().into()],
             NetSlice::Ipv6(ip) => [ip.header().source_addr().into(), ip.header().destination_addr().into()],
             NetSlice::Arp(_) => panic!("ARP"),

@@ -65,6 +65,8 @@ pub enum Scope {
     Cgroup,
     /// Its network namespace (and interface, where one is named).
     Network,
+    /// As [`Scope::Network`], but its cgroup where the namespace is the agent's own, and so everybody's.
+    Sockets,
 }
 
 /// One thing on this host that a fault can be injected into.
@@ -434,7 +436,10 @@ fn targets_of(found: Vec<Found>, scope: Scope) -> Vec<Target> {
         let same = targets.iter_mut().find(|(other, _)| match scope {
             Scope::Process => false,
             Scope::Cgroup => other.cgroup == cgroup,
-            Scope::Network => other.netns.as_ref().map(|n| n.inode) == netns.as_ref().map(|n| n.inode),
+            Scope::Sockets if netns.as_ref().is_some_and(|netns| netns.own) => other.cgroup == cgroup,
+            Scope::Network | Scope::Sockets => {
+                other.netns.as_ref().map(|n| n.inode) == netns.as_ref().map(|n| n.inode)
+            }
         });
         if let Some((_, more)) = same {
             *more += 1;
@@ -553,6 +558,14 @@ impl Target {
         self.netns.as_ref().is_some_and(|known| {
             netns(known.path.clone(), own_netns()).is_some_and(|found| found.inode == known.inode)
         })
+    }
+}
+
+impl Netns {
+    /// The agent's own.
+    #[must_use]
+    pub fn own() -> Option<Self> {
+        netns(OWN_NETNS.into(), own_netns())
     }
 }
 

@@ -109,7 +109,6 @@ impl CpuFault {
 
 impl Fault for CpuFault {
     const KIND: &'static str = "cpu";
-    const SCOPE: Scope = Scope::Cgroup;
     type Undo = Undo;
     type Held = Held;
     type Proto = v1::CpuFault;
@@ -125,6 +124,10 @@ impl Fault for CpuFault {
             return Err(Invalid::new("cpu.workers", proto.workers, "too many threads", fix));
         }
         Ok(Self { load: proto.load, workers: (proto.workers > 0).then_some(proto.workers) })
+    }
+
+    fn scope(&self) -> Scope {
+        Scope::Cgroup
     }
 
     fn check(&self, _: &Target, _: &Limits) -> Result<(), Invalid> {

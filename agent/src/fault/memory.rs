@@ -180,7 +180,6 @@ fn own_limits() -> Option<std::path::PathBuf> {
 
 impl Fault for MemoryFault {
     const KIND: &'static str = "memory";
-    const SCOPE: Scope = Scope::Cgroup;
     type Undo = Undo;
     type Held = Held;
     type Proto = v1::MemoryFault;
@@ -202,6 +201,10 @@ impl Fault for MemoryFault {
             }
         };
         Ok(Self { amount, ramp: Duration::from_nanos(proto.ramp_ns) })
+    }
+
+    fn scope(&self) -> Scope {
+        Scope::Cgroup
     }
 
     fn check(&self, _: &Target, limits: &Limits) -> Result<(), Invalid> {

@@ -34,9 +34,6 @@ pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 pub trait Fault: Sized + Send + Sync + 'static {
     /// On the wire, in metrics, in the journal.
     const KIND: &'static str;
-    /// What of a target the fault takes hold of. Targets that share it (two processes of one cgroup, say) get one
-    /// injection, not two.
-    const SCOPE: Scope;
     /// Everything `revert` needs, as plain data: a restarted agent reverts with it what a dead one injected.
     type Undo: Serialize + DeserializeOwned + Send + Sync + 'static;
     /// Kernel handles that end the fault when dropped.
@@ -46,6 +43,10 @@ pub trait Fault: Sized + Send + Sync + 'static {
 
     /// Parses the message. Refuses what is wrong in itself (a loss of 130 %), naming the field, the value and the fix.
     fn parse(proto: Self::Proto) -> Result<Self, Invalid>;
+
+    /// What of a target the fault takes hold of. Targets that share it (two processes of one cgroup, say) get one
+    /// injection, not two.
+    fn scope(&self) -> Scope;
 
     /// Refuses what this agent's limits do not allow. Pure.
     fn check(&self, target: &Target, limits: &Limits) -> Result<(), Invalid>;

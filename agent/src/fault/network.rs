@@ -1,51 +1,85 @@
-//! Packets lost, late or cut off between a target and its peers.
+//! Packets lost, late, doubled, broken, slowed, refused or cut off between a target and its peers.
 //!
-//! The physics are netem's: a decision per packet of the kernel's tc layer (a GSO packet is one packet), loss drawn
-//! first and delay after it, and jitter that lets packets overtake each other.
+//! The physics are netem's: a decision per packet of the kernel's tc layer (a GSO packet is one packet), in netem's order,
+//! and jitter that lets packets overtake each other.
 
-use std::{fmt::Write as _, path::PathBuf, sync::Arc, time::Duration};
+mod parse;
+mod words;
+
+use std::{
+    collections::BTreeMap,
+    env,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use squall_common::{
-    decide::{Action, hash, threshold},
+    decide::{Action, hash},
     packet::Protocol,
+    quantiles::Quantiles,
     rules::{Cidr, Clause, Ports},
-    table::{CLAUSES, Direction},
 };
 use squall_proto::v1;
-use tokio::{sync::OnceCell, task::spawn_blocking};
+use tokio::{
+    sync::OnceCell,
+    task::{AbortHandle, block_in_place, spawn_blocking},
+    time::sleep,
+};
 
+use self::words::{effect, holder_name, hook_name};
 use super::{Fault, Planned, Window};
 use crate::{
+    frame::Dns,
     host::{
         bpf::{Hook, remove_filters},
+        line::{self, Line},
         netns::Netns,
-        port::{Figures, Holder, Owned, Support, place, random, settle},
+        port::{Figures, Holder, Key, Owned, Spec, Support, localnet, place, random, settle},
+        resolve::{Files, Resolver},
+        sockets,
         tc::{Interface, Netlink},
     },
     limits::{Invalid, Limits},
-    target::{Scope, Target},
+    target::{self, Scope, Target},
     time::BootTime,
 };
 
-/// The longest delay. `sch_fq` is told to keep packets twice as long (`HORIZON` in host/tc.rs).
-const LONGEST_DELAY: Duration = Duration::from_mins(1);
+/// How often host names and the cgroups below the target's are looked at again.
+const REFRESH: Duration = Duration::from_secs(5);
+/// A TAP queue holds so many bytes at the most (`MOST_BYTES` in host/tap.rs).
+const QUEUE_BITS: f64 = 8.0 * 268_435_456.0;
+/// Ports of services on a node without which nobody can get in and take a fault back: SSH, the API server, the kubelet.
+const LIFELINES: [u16; 3] = [22, 6443, 10250];
 
 /// A network fault.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Network {
-    clauses: Vec<Clause>,
-    share: f64,
-    latency: Duration,
-    jitter: Duration,
-    loss: f64,
-    partition: bool,
-    seed: u64,
+    /// Whom it is about; at least one.
+    peers: Vec<Peer>,
+    /// Whom it is not about.
+    except: Vec<Peer>,
+    /// What it does; the seed may be 0, which is none yet.
+    action: Action<u64>,
+    quantiles: Option<Quantiles>,
+    dns: Option<Dns>,
     interface: Option<String>,
+    /// As it came.
+    asked: v1::NetworkFault,
 }
 
-/// What has to be undone. Links and TAP devices end with the agent; filters and qdiscs do not.
+/// A far side, with names that have yet to become addresses.
+#[derive(Debug, Clone, PartialEq)]
+struct Peer {
+    clause: Clause,
+    hosts: Vec<String>,
+}
+
+/// What has to be undone. Links and TAP devices end with the agent; filters, lines and settings do not.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Undo {
     netns_path: PathBuf,
@@ -59,93 +93,95 @@ pub struct Undo {
 struct UndoInterface {
     name: String,
     index: u32,
+    /// Whether it is the outer end of the target's own.
+    outside: bool,
     /// Whether filters of ours may be there.
     filters: bool,
     /// Whether the clsact qdisc is there because of us.
     clsact: bool,
-    /// The root qdisc as it was. Only one that the kernel chose gets replaced, so it comes back when ours goes.
-    root: String,
+    /// Whether a line may be beside it.
+    line: bool,
+    /// Whether packets for 127.0.0.0/8 are taken without their route because of us.
+    localnet: bool,
 }
 
-/// A rule on each interface.
+impl UndoInterface {
+    fn key(&self, netns: u64) -> Key {
+        Key { netns, interface: self.index, outside: self.outside }
+    }
+}
+
+/// Addresses by host name.
+type Names = BTreeMap<String, Vec<IpAddr>>;
+
+/// What a live fault holds.
 pub struct Held {
+    live: Arc<Mutex<Live>>,
+    refresh: AbortHandle,
+    netns: Arc<Netns>,
+    /// The median RTT of the target's sockets before.
+    rtt: Option<Duration>,
+}
+
+/// What came of an injection.
+struct Injected {
+    live: Live,
+    netns: Arc<Netns>,
+    rtt: Option<Duration>,
+    resolver: Resolver,
+}
+
+/// What may change while the fault lives.
+struct Live {
+    /// A rule on each interface.
     rules: Vec<Owned>,
+    fault: Network,
     seed: u64,
-    interface: Option<String>,
+    names: Names,
+    /// The target's cgroup, where only its sockets are meant, and the ids of all below it.
+    cgroup: Option<(PathBuf, Vec<u64>)>,
+    /// Whether the interfaces are the node's own.
+    node: bool,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.refresh.abort();
+        // Whoever refreshes just now may still hold the rest.
+        lock(&self.live).rules.clear();
+    }
+}
+
+fn lock(live: &Mutex<Live>) -> MutexGuard<'_, Live> {
+    live.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Live {
+    /// Writes the rules anew.
+    fn apply(&self) -> Result<()> {
+        let ids = self.cgroup.as_ref().map(|(_, ids)| ids.as_slice());
+        for (i, rule) in self.rules.iter().enumerate() {
+            rule.change(self.fault.spec(self.seed, i, &self.names, ids, self.node))?;
+        }
+        Ok(())
+    }
 }
 
 impl Fault for Network {
     const KIND: &'static str = "network";
-    const SCOPE: Scope = Scope::Network;
     type Undo = Undo;
     type Held = Held;
     type Proto = v1::NetworkFault;
 
     fn parse(proto: v1::NetworkFault) -> Result<Self, Invalid> {
-        let (egress, ingress) = match proto.direction() {
-            v1::Direction::Unspecified | v1::Direction::Both => (true, true),
-            v1::Direction::Egress => (true, false),
-            v1::Direction::Ingress => (false, true),
-        };
-        let clauses = if proto.peers.is_empty() {
-            vec![anyone(egress, ingress)]
-        } else {
-            let peers = proto.peers.iter().enumerate();
-            peers.map(|(i, peer)| clause(i, peer, egress, ingress)).collect::<Result<_, _>>()?
-        };
-        if clauses.len() > CLAUSES {
-            let fix = format!("at most {CLAUSES}; one peer may have many CIDRs");
-            return Err(Invalid::new("network.peers", clauses.len(), "too many peers", fix));
+        Self::from_proto(proto)
+    }
+
+    fn scope(&self) -> Scope {
+        match self.asked.sockets() {
+            v1::Sockets::All => Scope::Network,
+            v1::Sockets::Unspecified | v1::Sockets::Target => Scope::Sockets,
         }
-        let delay = proto.delay.unwrap_or_default();
-        let fault = Self {
-            clauses,
-            share: if proto.share == 0.0 { 1.0 } else { ratio("network.share", proto.share)? },
-            latency: Duration::from_nanos(delay.latency_ns),
-            jitter: Duration::from_nanos(delay.jitter_ns),
-            loss: proto.loss.map_or(Ok(0.0), |loss| ratio("network.loss.ratio", loss.ratio))?,
-            partition: proto.partition,
-            seed: proto.seed,
-            interface: Some(proto.interface).filter(|name| !name.is_empty()),
-        };
-        if fault.latency > LONGEST_DELAY {
-            let fix = format!("at most {LONGEST_DELAY:?}, or a partition");
-            let given = format!("{:?}", fault.latency);
-            return Err(Invalid::new(
-                "network.delay.latency",
-                given,
-                "longer than a packet can be held",
-                fix,
-            ));
-        }
-        if fault.jitter > fault.latency {
-            let given = format!("{:?}", fault.jitter);
-            let fix = format!("at most the latency, {:?}", fault.latency);
-            return Err(Invalid::new(
-                "network.delay.jitter",
-                given,
-                "a packet cannot leave before it came",
-                fix,
-            ));
-        }
-        if fault.latency.is_zero() && fault.loss == 0.0 && !fault.partition {
-            return Err(Invalid::new(
-                "network",
-                "nothing",
-                "it would do nothing",
-                "ask for delay, loss or partition",
-            ));
-        }
-        if fault.partition && !(fault.latency.is_zero() && fault.loss == 0.0) {
-            let fix = "leave out delay and loss, or the partition";
-            return Err(Invalid::new(
-                "network.partition",
-                true,
-                "drops every packet, so nothing else acts",
-                fix,
-            ));
-        }
-        Ok(fault)
     }
 
     fn check(&self, target: &Target, limits: &Limits) -> Result<(), Invalid> {
@@ -153,50 +189,41 @@ impl Fault for Network {
             let fix = "choose a process or an interface";
             return Err(Invalid::new("network.target", target, "it has no network namespace", fix));
         };
-        let everything = |clause: &Clause| {
-            (clause.cidrs.is_empty() || clause.cidrs.iter().any(Cidr::is_everything))
+        if self.asked.side() == v1::Side::Host && netns.own {
+            let fix = "leave it out, or choose a target with a network of its own";
+            return Err(Invalid::new("network.side", "host", "the target is on the host's network already", fix));
+        }
+        let everything = |peer: &Peer| {
+            let Peer { clause, hosts } = peer;
+            (clause.cidrs.iter().any(Cidr::is_everything) || clause.cidrs.is_empty() && hosts.is_empty())
                 && clause.peer_ports.is_empty()
                 && clause.local_ports.is_empty()
         };
-        if netns.own && !limits.whole_node_network && self.clauses.iter().any(everything) {
+        let own_sockets = self.cgroup_of(target).is_ok_and(|cgroup| cgroup.is_some());
+        if netns.own && !own_sockets && !limits.whole_node_network && self.peers.iter().any(everything) {
             return Err(Invalid::new(
                 "network.peers",
                 "every packet",
-                format!("{target} is in the node's own network namespace: this would hit SSH and this agent"),
+                format!("{target} is in the node's own network namespace: this would hit everybody on it"),
                 "name peers by CIDR or port, or start the agent with --allow-whole-node-network",
             ));
+        }
+        let spared = self.lifelines(netns.own);
+        for (i, Peer { clause, hosts }) in self.peers.iter().enumerate() {
+            if hosts.is_empty() && spared.iter().any(|spared| spared.covers(clause)) {
+                return Err(Invalid::new(
+                    format!("network.peers[{i}]"),
+                    words::peer(&self.peers[i]),
+                    "on a node's own network SSH and Kubernetes are spared, and this is nothing else",
+                    "choose others, or set unprotected",
+                ));
+            }
         }
         Ok(())
     }
 
     fn summary(&self) -> String {
-        let mut what = Vec::new();
-        if self.partition {
-            what.push("partition".to_owned());
-        }
-        if !self.latency.is_zero() {
-            let jitter = if self.jitter.is_zero() { String::new() } else { format!(" ±{:?}", self.jitter) };
-            what.push(format!("delay {:?}{jitter}", self.latency));
-        }
-        if self.loss > 0.0 {
-            what.push(format!("loss {}", percent(self.loss)));
-        }
-        let mut summary = what.join(", ");
-        if self.share < 1.0 {
-            let _ = write!(summary, " for {} of packets", percent(self.share));
-        }
-        let peers: Vec<String> = self.clauses.iter().map(peer_words).collect();
-        let first = &self.clauses[0];
-        let way = match (first.egress, first.ingress) {
-            (true, false) => "outgoing only",
-            (false, true) => "incoming only",
-            _ => "both ways",
-        };
-        let _ = write!(summary, " to {}, {way}", peers.join(" or "));
-        if let Some(interface) = &self.interface {
-            let _ = write!(summary, ", on {interface}");
-        }
-        summary
+        self.words()
     }
 
     async fn plan(&self, target: &Target) -> Result<Planned<Undo>> {
@@ -208,30 +235,46 @@ impl Fault for Network {
     async fn inject(&self, target: &Target, undo: &Undo, window: Window) -> Result<Held> {
         let support = support().await?;
         let (fault, target, undo) = (self.clone(), target.clone(), undo.clone());
-        spawn_blocking(move || fault.inject_blocking(&target, &undo, window, &support)).await?
+        let injected = spawn_blocking(move || fault.inject_blocking(&target, &undo, window, &support));
+        let Injected { live, netns, rtt, resolver } = injected.await??;
+        let live = Arc::new(Mutex::new(live));
+        let refresh = tokio::spawn(refresh(Arc::downgrade(&live), resolver)).abort_handle();
+        Ok(Held { live, refresh, netns, rtt })
     }
 
     async fn update(&self, held: &mut Held) -> Result<()> {
-        if self.interface != held.interface {
-            bail!("a live fault stays on its interface: revert it and inject another");
-        }
-        let seed = if self.seed == 0 { held.seed } else { self.seed };
-        tokio::task::block_in_place(|| {
-            for (i, rule) in held.rules.iter().enumerate() {
-                rule.change(&self.clauses, self.action(seed, i))?;
+        let wanted = self.clone();
+        block_in_place(|| {
+            let mut live = lock(&held.live);
+            let same = |f: fn(&Self) -> (Option<&String>, i32, i32)| f(&wanted) == f(&live.fault);
+            if !same(|fault| (fault.interface.as_ref(), fault.asked.side, fault.asked.sockets)) {
+                bail!("a live fault stays on its interface and its sockets: revert it and inject another");
             }
-            Ok(())
+            if wanted.names().any(|name| !live.names.contains_key(name)) {
+                bail!("a live fault takes no new host names: revert it and inject another");
+            }
+            if wanted.action.seed != 0 {
+                live.seed = wanted.action.seed;
+            }
+            live.fault = wanted;
+            live.apply()
         })
     }
 
     async fn extend(held: &mut Held, until: BootTime) -> Result<()> {
-        held.rules.iter().for_each(|rule| rule.extend(until));
+        lock(&held.live).rules.iter().for_each(|rule| rule.extend(until));
         Ok(())
     }
 
     async fn effect(held: &mut Held) -> Result<v1::Effect> {
-        let all = held.rules.iter().fold(Figures::default(), |sum, rule| sum.plus(&rule.figures()));
-        Ok(effect(&all))
+        let (all, clauses) = {
+            let live = lock(&held.live);
+            let all = live.rules.iter().fold(Figures::default(), |sum, rule| sum.plus(&rule.figures()));
+            (all, live.fault.clauses(&live.names))
+        };
+        let netns = Arc::clone(&held.netns);
+        let rtt = spawn_blocking(move || median_rtt(&netns, &clauses)).await?;
+        Ok(effect(&all, [held.rtt, rtt]))
     }
 
     async fn revert(undo: &Undo) -> Result<()> {
@@ -241,7 +284,7 @@ impl Fault for Network {
 
     async fn describe() -> v1::FaultSupport {
         match support().await {
-            Ok(support) => describe(&support),
+            Ok(support) => words::describe(&support),
             Err(error) => v1::FaultSupport {
                 kind: Self::KIND.to_owned(),
                 available: false,
@@ -253,36 +296,105 @@ impl Fault for Network {
 }
 
 impl Network {
-    /// What a packet suffers. Interfaces draw from different sequences.
-    fn action(&self, seed: u64, interface: usize) -> Action {
-        Action {
-            share: threshold(self.share),
-            loss: threshold(if self.partition { 1.0 } else { self.loss }),
-            latency: self.latency.as_nanos() as u64,
-            jitter: self.jitter.as_nanos() as u64,
-            seed: if interface == 0 { seed } else { hash(seed, interface as u64, 0) },
+    /// The rule for the n-th interface. Interfaces draw from different sequences.
+    fn spec(&self, seed: u64, n: usize, names: &Names, cgroups: Option<&[u64]>, node: bool) -> Spec {
+        let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
+        clauses.extend(self.lifelines(node));
+        clauses.extend(self.clauses(names).into_iter().map(|clause| Clause {
+            cgroups: cgroups.map(<[u64]>::to_vec),
+            ..clause
+        }));
+        let seed = if n == 0 { seed } else { hash(seed, n as u64, 0) };
+        Spec {
+            clauses,
+            action: Action { seed, ..self.action },
+            quantiles: self.quantiles.clone(),
+            dns: self.dns.clone(),
+        }
+    }
+
+    /// Whom it is about.
+    fn clauses(&self, names: &Names) -> Vec<Clause> {
+        self.peers.iter().map(|peer| peer.with_addresses(names)).collect()
+    }
+
+    /// What is spared on a node's own interfaces.
+    fn lifelines(&self, node: bool) -> Vec<Clause> {
+        if !node || self.asked.unprotected {
+            return Vec::new();
+        }
+        let lifeline = Clause {
+            except: true,
+            egress: true,
+            ingress: true,
+            protocol: Some(Protocol::Tcp),
+            ..Clause::default()
+        };
+        let ports: Vec<Ports> = LIFELINES.iter().map(|&port| Ports { first: port, last: port }).collect();
+        let mut all = vec![
+            Clause { local_ports: ports.clone(), ..lifeline.clone() },
+            Clause { peer_ports: ports[1..].to_vec(), ..lifeline.clone() },
+        ];
+        // As every pod is told.
+        let var = |name: &str| env::var(name).ok();
+        if let (Some(host), Some(port)) = (var("KUBERNETES_SERVICE_HOST"), var("KUBERNETES_SERVICE_PORT"))
+            && let (Ok(cidr), Ok(port)) = (host.parse(), port.parse())
+        {
+            let peer_ports = vec![Ports { first: port, last: port }];
+            all.push(Clause { cidrs: vec![cidr], peer_ports, ..lifeline });
+        }
+        all
+    }
+
+    fn names(&self) -> impl Iterator<Item = &String> {
+        self.peers.iter().chain(&self.except).flat_map(|peer| &peer.hosts)
+    }
+
+    /// The cgroup whose sockets alone are meant; none where all are. The error says why it cannot be had.
+    fn cgroup_of(&self, target: &Target) -> Result<Option<PathBuf>> {
+        let shared = target.netns.as_ref().is_some_and(|netns| netns.own) && target.process.is_some();
+        match self.asked.sockets() {
+            v1::Sockets::All => return Ok(None),
+            v1::Sockets::Unspecified if !shared => return Ok(None),
+            v1::Sockets::Unspecified | v1::Sockets::Target => {}
+        }
+        let unified = target.cgroup.as_ref().and_then(|cgroup| cgroup.unified.clone());
+        // The root has no type (Documentation/admin-guide/cgroup-v2.rst).
+        match unified.filter(|path| path.join("cgroup.type").exists()) {
+            Some(path) => Ok(Some(path)),
+            None => bail!(
+                "{target} shares its network and has no cgroup (v2) of its own by which to tell its sockets; \
+                 choose `sockets: all` to hurt everybody there, with peers that are only the target's"
+            ),
         }
     }
 
     fn draws(&self) -> bool {
-        self.share < 1.0 || self.loss > 0.0 || !self.jitter.is_zero()
-    }
-
-    fn ways(&self) -> impl Iterator<Item = Direction> {
-        let first = &self.clauses[0];
-        let egress = first.egress.then_some(Direction::Egress);
-        egress.into_iter().chain(first.ingress.then_some(Direction::Ingress))
+        let Action { share, flow_share, loss_model, loss, jitter, duplicate, corrupt, reorder, .. } = self.action;
+        let sure = |ratio: u64| ratio == 0 || ratio == u64::MAX;
+        let loses = loss_model != 0 && !(loss_model == 1 && sure(loss)) && loss_model != 2;
+        share != u64::MAX
+            || flow_share != u64::MAX
+            || loses
+            || jitter > 0
+            || !sure(duplicate.ratio)
+            || corrupt.ratio > 0
+            || !sure(reorder.ratio)
     }
 
     /// The interfaces the fault is for, of the calling thread's network namespace.
-    fn interfaces(&self, target: &Target, netlink: &mut Netlink) -> Result<Vec<Interface>> {
+    fn interfaces(&self, target: &Target, names: &Names, netlink: &mut Netlink) -> Result<Vec<Interface>> {
         let all = netlink.interfaces()?;
+        let loopback = self.clauses(names).iter().all(|clause| {
+            !clause.cidrs.is_empty() && clause.cidrs.iter().all(is_loopback)
+        });
+        // Our own devices carry packets that were matched already.
+        let ours = |i: &Interface| i.name.starts_with("squall");
         let chosen: Vec<Interface> = match self.interface.as_ref().or(target.interface.as_ref()) {
             Some(name) => all.iter().filter(|i| i.name == *name).cloned().collect(),
-            // Our own TAP devices carry packets that were matched already.
             None => all
                 .iter()
-                .filter(|i| i.up && !i.loopback && i.link_header.is_some() && !i.name.starts_with("squall"))
+                .filter(|i| i.up && i.loopback == loopback && i.link_header.is_some() && !ours(i))
                 .cloned()
                 .collect(),
         };
@@ -297,10 +409,40 @@ impl Network {
         Ok(chosen)
     }
 
-    fn plan_blocking(&self, target: &Target, support: &Support) -> Result<Planned<Undo>> {
+    /// Addresses of all names it has. A name without any is an error: the fault would hurt nobody.
+    fn resolve(&self, resolver: &Resolver) -> Result<Names> {
+        self.names().map(|name| Ok((name.clone(), resolver.resolve(name)?))).collect()
+    }
+
+    /// Where the programs go: the namespace, its interfaces, and whether they are the outer ends of the target's.
+    fn places(&self, target: &Target, names: &Names) -> Result<(target::Netns, Vec<Interface>, bool)> {
         let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
         let open = Netns::open(netns)?;
-        let seed = match self.seed {
+        let inner = open.run(|| self.interfaces(target, names, &mut Netlink::open()?))?;
+        if self.asked.side() != v1::Side::Host {
+            return Ok((netns.clone(), inner, false));
+        }
+        let own = target::Netns::own().context("opening the agent's own network namespace")?;
+        let outer = Netns::open(&own)?.run(|| Netlink::open()?.interfaces())?;
+        let ends = inner.iter().map(|inner| {
+            let peer = |outer: &&Interface| Some(outer.index) == inner.peer && outer.peer == Some(inner.index);
+            outer.iter().find(peer).cloned().ok_or_else(|| {
+                anyhow!("{} of {target} has no other end on the host: it is no veth pair with one there", inner.name)
+            })
+        });
+        Ok((own, ends.collect::<Result<_>>()?, true))
+    }
+
+    fn plan_blocking(&self, target: &Target, support: &Support) -> Result<Planned<Undo>> {
+        let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
+        let open = Arc::new(Netns::open(netns)?);
+        let names = self.resolve(&Resolver::new(Arc::clone(&open), Files::of(target)))?;
+        let cgroup = self.cgroup_of(target)?;
+        if cgroup.is_some() && !support.cgroups {
+            bail!("this kernel does not know the cgroup (v2) of a socket; choose `sockets: all`");
+        }
+        let (netns, interfaces, outside) = self.places(target, &names)?;
+        let seed = match self.action.seed {
             0 if self.draws() => random().max(1),
             seed => seed,
         };
@@ -316,52 +458,30 @@ impl Network {
             mechanism: String::new(),
             seed: if self.draws() { seed } else { 0 },
         };
+        for (name, addresses) in &names {
+            let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            planned.changes.push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
+        }
+        let spec = self.spec(seed, 0, &names, cgroup.as_ref().map(|_| [].as_slice()), netns.own && !outside);
         let mut mechanisms = vec![hook_name(support.hook).to_owned()];
-        open.run(|| {
+        Netns::open(&netns)?.run(|| {
             let mut netlink = Netlink::open()?;
-            for interface in self.interfaces(target, &mut netlink)? {
-                let root = netlink.root_qdisc(interface.index)?;
-                let place = place(netns.inode, interface.index);
-                let clsact = support.hook == Hook::Clsact
-                    && (!netlink.has_clsact(interface.index)? || place.made_clsact());
-                let name = &interface.name;
-                planned.changes.push(match support.hook {
-                    Hook::Tcx => format!("{name}: programs attached by TCX; ends with its link"),
-                    Hook::Clsact if clsact => {
-                        format!("{name}: clsact qdisc with filters squall_*; undo: remove both")
-                    }
-                    Hook::Clsact => format!("{name}: filters squall_* in its clsact qdisc; undo: remove the filters"),
-                });
-                if !self.latency.is_zero() {
-                    for way in self.ways() {
-                        let holder = support.holder(way, &interface, root.as_ref())?;
-                        let kind = root.as_ref().map_or("none", |root| root.kind.as_str());
-                        planned.changes.push(match holder {
-                            Holder::Edt => format!("{name}: root qdisc {kind} becomes fq; undo: back to {kind}"),
-                            Holder::Tap => format!("{name}: a TAP device squall*; ends with the agent"),
-                        });
-                        let mechanism = format!("{} delay: {}", way_name(way), holder_name(holder));
-                        if !mechanisms.contains(&mechanism) {
-                            mechanisms.push(mechanism);
-                        }
+            for interface in &interfaces {
+                let undo =
+                    plan_interface(support, &mut netlink, netns.inode, interface, outside, &spec, &mut planned)?;
+                if spec.holds() {
+                    let held = holder_name(support.holder(interface)?);
+                    if !mechanisms.iter().any(|m| m == held) {
+                        mechanisms.push(held.to_owned());
                     }
                 }
-                if place.rules() > 0 {
-                    planned.warnings.push(format!(
-                        "{name}: {} other injections come first; packets that match them never reach this one",
-                        place.rules()
-                    ));
-                }
-                planned.undo.interfaces.push(UndoInterface {
-                    name: name.clone(),
-                    index: interface.index,
-                    filters: support.hook == Hook::Clsact,
-                    clsact,
-                    root: root.map_or_else(String::new, |root| root.kind),
-                });
+                planned.undo.interfaces.push(undo);
             }
             Ok(())
         })?;
+        if (spec.works() || spec.segments()) && !mechanisms.iter().any(|m| m.contains("TAP")) {
+            mechanisms.push("TAP queue".to_owned());
+        }
         planned.mechanism = mechanisms.join("; ");
         Ok(planned)
     }
@@ -372,150 +492,222 @@ impl Network {
         undo: &Undo,
         window: Window,
         support: &Support,
-    ) -> Result<Held> {
+    ) -> Result<Injected> {
         let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
-        let netns = Arc::new(Netns::open(netns)?);
-        let present = netns.run(|| Netlink::open()?.interfaces())?;
-        let mut rules = Vec::new();
+        let inner = Arc::new(Netns::open(netns)?);
+        let resolver = Resolver::new(Arc::clone(&inner), Files::of(target));
+        let names = self.resolve(&resolver)?;
+        let rtt = median_rtt(&inner, &self.clauses(&names));
+        let cgroup = self.cgroup_of(target)?.map(|path| {
+            let ids = cgroups_below(&path);
+            (path, ids)
+        });
+        let (place, node) = if undo.netns_inode == netns.inode {
+            (Arc::clone(&inner), netns.own)
+        } else {
+            let own = target::Netns::own().context("opening the agent's own network namespace")?;
+            (Arc::new(Netns::open(&own)?), false)
+        };
+        let present = place.run(|| Netlink::open()?.interfaces())?;
+        let mut live = Live { rules: Vec::new(), fault: self.clone(), seed: undo.seed, names, cgroup, node };
         for (i, planned) in undo.interfaces.iter().enumerate() {
             let interface = present
                 .iter()
                 .find(|interface| interface.index == planned.index && interface.name == planned.name)
                 .ok_or_else(|| anyhow!("{} is gone since the injection was planned", planned.name))?;
-            let action = self.action(undo.seed, i);
-            rules.push(Owned::add(support, &netns, interface, &self.clauses, action, window)?);
+            let ids = live.cgroup.as_ref().map(|(_, ids)| ids.as_slice());
+            let spec = self.spec(undo.seed, i, &live.names, ids, node);
+            live.rules.push(Owned::add(support, &place, interface, planned.outside, spec, window)?);
         }
-        Ok(Held { rules, seed: undo.seed, interface: self.interface.clone() })
+        Ok(Injected { live, netns: inner, rtt, resolver })
     }
 }
 
-fn anyone(egress: bool, ingress: bool) -> Clause {
-    Clause {
-        egress,
-        ingress,
-        cidrs: Vec::new(),
-        peer_ports: Vec::new(),
-        local_ports: Vec::new(),
-        protocol: None,
-    }
-}
-
-fn clause(i: usize, peer: &v1::Peer, egress: bool, ingress: bool) -> Result<Clause, Invalid> {
-    let cidrs = peer.cidrs.iter().enumerate().map(|(j, text)| {
-        text.parse::<Cidr>().map_err(|problem| {
-            let field = format!("network.peers[{i}].cidrs[{j}]");
-            Invalid::new(field, text, problem, "write it like 10.0.0.7/32 or fd00::/64")
-        })
+/// Says what one interface will see, and what has to be undone there.
+fn plan_interface(
+    support: &Support,
+    netlink: &mut Netlink,
+    netns: u64,
+    interface: &Interface,
+    outside: bool,
+    spec: &Spec,
+    planned: &mut Planned<Undo>,
+) -> Result<UndoInterface> {
+    let name = &interface.name;
+    let mut undo = UndoInterface {
+        name: name.clone(),
+        index: interface.index,
+        outside,
+        filters: support.hook == Hook::Clsact,
+        clsact: false,
+        line: false,
+        localnet: false,
+    };
+    let place = place(undo.key(netns));
+    undo.clsact = undo.filters && (!netlink.has_clsact(interface.index)? || place.made_clsact());
+    planned.changes.push(match support.hook {
+        Hook::Tcx => format!("{name}: programs attached by TCX; ends with its link"),
+        Hook::Clsact if undo.clsact => {
+            format!("{name}: clsact qdisc with filters squall_*; undo: remove both")
+        }
+        Hook::Clsact => format!("{name}: filters squall_* in its clsact qdisc; undo: remove the filters"),
     });
-    let ports = |name: &str, ranges: &[v1::PortRange]| {
-        let ranges = ranges.iter().enumerate().map(|(j, range)| {
-            let valid = |port: u32| u16::try_from(port).ok().filter(|&port| port > 0);
-            match (valid(range.first), valid(range.last)) {
-                (Some(first), Some(last)) if first <= last => Ok(Ports { first, last }),
-                _ => Err(Invalid::new(
-                    format!("network.peers[{i}].{name}[{j}]"),
-                    format!("{}-{}", range.first, range.last),
-                    "not a range of ports",
-                    "write a first port and a last one, from 1 to 65535",
-                )),
+    if spec.holds() {
+        let latency = spec.action.latency;
+        match support.holder(interface)? {
+            Holder::Line => {
+                undo.line = true;
+                let ends = line::names(interface.index, outside).join(" and ");
+                planned.changes.push(format!("{name}: a veth pair {ends} beside it; undo: remove it"));
             }
-        });
-        ranges.collect::<Result<Vec<_>, _>>()
+            Holder::Tap => {
+                planned.changes.push(format!("{name}: TAP devices squall*; end with the agent"));
+                if latency >= 1_000_000_000 {
+                    planned.warnings.push(format!(
+                        "{name}: the queue holds 256 MiB, so at this delay at most {:.0} Mbit/s pass; more is lost",
+                        QUEUE_BITS / (latency as f64 / 1e9) / 1e6
+                    ));
+                }
+            }
+        }
+        if latency + spec.action.jitter > 0 && spec.action.jitter > 0 && spec.action.keep_order == 0 {
+            planned.warnings.push(format!("{name}: jitter lets packets overtake each other, as netem's does"));
+        }
+    }
+    if spec.works() || spec.segments() {
+        support.worker(interface)?;
+        planned.changes.push(format!("{name}: TAP devices squall*, where packets are changed; end with the agent"));
+    }
+    if interface.loopback {
+        if spec.detours() && (!localnet::allowed()? || place.made_localnet()) {
+            undo.localnet = true;
+            planned.changes.push(format!("{name}: route_localnet becomes 1; undo: back to 0"));
+        }
+        let both = |clause: &Clause| clause.egress && clause.ingress && clause.peer_ports.is_empty();
+        if spec.clauses.iter().any(|clause| !clause.except && both(clause) && clause.local_ports.is_empty()) {
+            planned.warnings.push(format!(
+                "{name}: each packet leaves and arrives here, so it suffers twice; name a port or a direction"
+            ));
+        }
+    }
+    let before = place.rules();
+    let unreachable = |clause: &Clause| {
+        clause.except
+            || before.iter().any(|rule| {
+                rule.iter().all(|c| !c.except) && rule.iter().any(|c| c.covers(clause))
+            })
     };
-    let clause = Clause {
-        egress,
-        ingress,
-        cidrs: cidrs.collect::<Result<_, _>>()?,
-        peer_ports: ports("ports", &peer.ports)?,
-        local_ports: ports("local_ports", &peer.local_ports)?,
-        protocol: match peer.protocol() {
-            v1::Protocol::Unspecified => None,
-            v1::Protocol::Tcp => Some(Protocol::Tcp),
-            v1::Protocol::Udp => Some(Protocol::Udp),
-            v1::Protocol::Icmp => Some(Protocol::Icmp),
-        },
-    };
-    if clause.protocol == Some(Protocol::Icmp)
-        && !(clause.peer_ports.is_empty() && clause.local_ports.is_empty())
-    {
-        let field = format!("network.peers[{i}].protocol");
-        return Err(Invalid::new(
-            field,
-            "icmp",
-            "it has no ports",
-            "leave out the ports, or choose tcp or udp",
+    if !before.is_empty() && spec.clauses.iter().all(unreachable) {
+        planned.warnings.push(format!(
+            "{name}: everything this one is about is taken by injections before it: it will do nothing until they end"
+        ));
+    } else if !before.is_empty() {
+        planned.warnings.push(format!(
+            "{name}: {} other injections come first; packets that match them never reach this one",
+            before.len()
         ));
     }
-    Ok(clause)
+    Ok(undo)
 }
 
-fn ratio(field: &str, value: f64) -> Result<f64, Invalid> {
-    if (0.0..=1.0).contains(&value) {
-        return Ok(value);
+impl Peer {
+    fn with_addresses(&self, names: &Names) -> Clause {
+        let mut clause = self.clause.clone();
+        let addresses = self.hosts.iter().filter_map(|name| names.get(name)).flatten();
+        clause.cidrs.extend(addresses.filter_map(|&a| Cidr::new(a, if a.is_ipv4() { 32 } else { 128 })));
+        clause
     }
-    Err(Invalid::new(field, value, "not a share", "write a ratio from 0 to 1"))
 }
 
-fn percent(ratio: f64) -> String {
-    // Three digits behind the point, and none that say nothing.
-    let digits = format!("{:.3}", ratio * 100.0);
-    format!("{}%", digits.trim_end_matches('0').trim_end_matches('.'))
+fn is_loopback(cidr: &Cidr) -> bool {
+    let loopback = ["127.0.0.0/8", "::1/128"].map(|text| text.parse::<Cidr>());
+    loopback.iter().flatten().any(|loopback| loopback.covers(cidr))
 }
 
-fn peer_words(clause: &Clause) -> String {
-    let ports = |ranges: &[Ports]| {
-        let range = |p: &Ports| {
-            if p.first == p.last { p.first.to_string() } else { format!("{}-{}", p.first, p.last) }
-        };
-        ranges.iter().map(range).collect::<Vec<_>>().join(",")
+/// The id of a cgroup (v2) and of all below it. It is the inode of the directory (kernfs, Linux 5.5 and later).
+fn cgroups_below(path: &Path) -> Vec<u64> {
+    let mut ids: Vec<u64> = path.metadata().map(|meta| meta.ino()).into_iter().collect();
+    let entries = path.read_dir().into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        ids.extend(cgroups_below(&entry.path()));
+    }
+    ids.sort_unstable();
+    ids
+}
+
+/// Looks again at what names and cgroups mean, and changes the rules where that has changed. A name that has no address any
+/// more keeps its last ones.
+async fn refresh(live: Weak<Mutex<Live>>, resolver: Resolver) {
+    loop {
+        sleep(REFRESH).await;
+        let (live, resolver) = (Weak::clone(&live), resolver.clone());
+        let looked = spawn_blocking(move || {
+            // Not held while names are looked up: that may take seconds, and the fault must be able to end.
+            let Some(now) = live.upgrade() else { return Ok(false) };
+            let (mut names, path) = {
+                let live = lock(&now);
+                (live.names.clone(), live.cgroup.as_ref().map(|(path, _)| path.clone()))
+            };
+            drop(now);
+            for (name, addresses) in &mut names {
+                match resolver.resolve(name) {
+                    Ok(found) => *addresses = found,
+                    Err(error) => tracing::debug!("{name} keeps its last addresses: {error:#}"),
+                }
+            }
+            let cgroup = path.map(|path| {
+                let ids = cgroups_below(&path);
+                (path, ids)
+            });
+            let Some(now) = live.upgrade() else { return Ok(false) };
+            let mut live = lock(&now);
+            if live.names != names || live.cgroup != cgroup {
+                (live.names, live.cgroup) = (names, cgroup);
+                live.apply()?;
+            }
+            Ok::<_, anyhow::Error>(true)
+        });
+        match looked.await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) | Err(_) => return,
+            Ok(Err(error)) => tracing::warn!("refreshing a network fault: {error:#}"),
+        }
+    }
+}
+
+/// The median RTT that the established TCP sockets report which these clauses are about.
+fn median_rtt(netns: &Netns, clauses: &[Clause]) -> Option<Duration> {
+    let sockets = match sockets::established(netns) {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            tracing::debug!("asking TCP sockets for their RTT: {error:#}");
+            return None;
+        }
     };
-    let mut words = match clause.cidrs.as_slice() {
-        [] => "anyone".to_owned(),
-        [cidr] => cidr.to_string(),
-        [first, rest @ ..] => format!("{first} and {} more", rest.len()),
+    let within = |ranges: &[Ports], address: SocketAddr| {
+        ranges.is_empty() || ranges.iter().any(|p| (p.first..=p.last).contains(&address.port()))
     };
-    if !clause.peer_ports.is_empty() {
-        let _ = write!(words, " port {}", ports(&clause.peer_ports));
-    }
-    if !clause.local_ports.is_empty() {
-        let _ = write!(words, " from local port {}", ports(&clause.local_ports));
-    }
-    match clause.protocol {
-        Some(Protocol::Tcp) => words.push_str(" (tcp)"),
-        Some(Protocol::Udp) => words.push_str(" (udp)"),
-        Some(Protocol::Icmp) => words.push_str(" (icmp)"),
-        Some(Protocol::Other) | None => {}
-    }
-    words
-}
-
-fn effect(all: &Figures) -> v1::Effect {
-    let figure = |name: &str, value: f64, unit: &str| v1::Figure {
-        name: name.to_owned(),
-        value,
-        unit: unit.to_owned(),
+    let about = |clause: &Clause, socket: &sockets::TcpSocket| {
+        let host = Cidr::new(socket.peer.ip(), if socket.peer.is_ipv4() { 32 } else { 128 });
+        matches!(clause.protocol, None | Some(Protocol::Tcp))
+            && within(&clause.peer_ports, socket.peer)
+            && within(&clause.local_ports, socket.local)
+            && (clause.cidrs.is_empty() || host.is_some_and(|host| clause.cidrs.iter().any(|c| c.covers(&host))))
     };
-    let mut figures = vec![
-        figure("matched", all.matched as f64, "packets"),
-        figure("dropped", all.dropped as f64, "packets"),
-        figure("delayed", all.delayed as f64, "packets"),
-        figure("bytes", all.bytes as f64, "bytes"),
-    ];
-    if all.failed > 0 {
-        figures.push(figure("failed", all.failed as f64, "packets"));
-    }
-    for (name, q) in [("delay_p50", 0.5), ("delay_p99", 0.99)] {
-        figures.extend(all.delay(q).map(|seconds| figure(name, seconds, "seconds")));
-    }
-    figures.extend(all.first_match.map(|after| figure("first_match", after.as_secs_f64(), "seconds")));
-    v1::Effect { bit: all.dropped + all.delayed > 0, figures }
+    let mut rtts: Vec<Duration> = sockets
+        .iter()
+        .filter(|socket| !socket.rtt.is_zero() && clauses.iter().any(|clause| about(clause, socket)))
+        .map(|socket| socket.rtt)
+        .collect();
+    rtts.sort_unstable();
+    rtts.get(rtts.len() / 2).copied()
 }
 
 fn revert(undo: &Undo) -> Result<()> {
     let mut left = Vec::new();
     for interface in &undo.interfaces {
         // A port that other injections still use keeps what it needs; the last of them takes it away.
-        if settle(undo.netns_inode, interface.index)? {
+        if settle(interface.key(undo.netns_inode))? {
             left.push(interface);
         }
     }
@@ -525,72 +717,30 @@ fn revert(undo: &Undo) -> Result<()> {
         let mut netlink = Netlink::open()?;
         let present = netlink.interfaces()?;
         for interface in left {
-            let same = |i: &&Interface| i.index == interface.index && i.name == interface.name;
-            if present.iter().any(|i| same(&i)) {
-                clean(&mut netlink, interface).with_context(|| {
-                    format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode)
-                })?;
-            }
+            let there = present.iter().any(|i| i.index == interface.index && i.name == interface.name);
+            clean(&mut netlink, interface, there).with_context(|| {
+                format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode)
+            })?;
         }
         Ok(())
     })
 }
 
-fn clean(netlink: &mut Netlink, interface: &UndoInterface) -> Result<()> {
-    if interface.filters && netlink.has_clsact(interface.index)? {
+/// Takes back what is left of a port. The line beside an interface is there even when the interface is not.
+fn clean(netlink: &mut Netlink, interface: &UndoInterface, there: bool) -> Result<()> {
+    if there && interface.filters && netlink.has_clsact(interface.index)? {
         remove_filters(&interface.name)?;
     }
-    if interface.clsact {
+    if there && interface.clsact {
         netlink.remove_empty_clsact(interface.index)?;
     }
-    netlink.remove_root_fq(interface.index)
-}
-
-fn describe(support: &Support) -> v1::FaultSupport {
-    let feature = |name: &str, mechanism: String, reason: Option<String>| v1::Feature {
-        name: name.to_owned(),
-        available: reason.is_none(),
-        mechanism,
-        reason: reason.unwrap_or_default(),
-    };
-    let hook = hook_name(support.hook);
-    let delay = match (&support.no_fq, &support.no_tap) {
-        (None, None) => ("egress: EDT + sch_fq, ingress: TAP queue".to_owned(), None),
-        (None, Some(tap)) => (format!("egress: EDT + sch_fq, ingress: none ({tap})"), None),
-        (Some(_), None) => ("TAP queue".to_owned(), None),
-        (Some(fq), Some(tap)) => (String::new(), Some(format!("no sch_fq ({fq}), and no TAP queue ({tap})"))),
-    };
-    v1::FaultSupport {
-        kind: Network::KIND.to_owned(),
-        available: true,
-        features: vec![
-            feature("loss", hook.to_owned(), None),
-            feature("delay", delay.0, delay.1),
-            feature("partition", hook.to_owned(), None),
-        ],
-        reason: String::new(),
+    if interface.line {
+        Line::remove(netlink, interface.index, interface.outside)?;
     }
-}
-
-fn hook_name(hook: Hook) -> &'static str {
-    match hook {
-        Hook::Tcx => "TCX",
-        Hook::Clsact => "clsact filter",
+    if interface.localnet {
+        localnet::set(false)?;
     }
-}
-
-fn holder_name(holder: Holder) -> &'static str {
-    match holder {
-        Holder::Edt => "EDT + sch_fq",
-        Holder::Tap => "TAP queue",
-    }
-}
-
-fn way_name(way: Direction) -> &'static str {
-    match way {
-        Direction::Egress => "egress",
-        Direction::Ingress => "ingress",
-    }
+    Ok(())
 }
 
 /// What this node can do; found out once.

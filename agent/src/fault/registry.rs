@@ -172,7 +172,7 @@ impl<F: Fault> Erased for F {
     }
 
     fn scope(&self) -> Scope {
-        F::SCOPE
+        self.scope()
     }
 
     fn summary(&self) -> String {

@@ -30,6 +30,8 @@ pub struct Interface {
     pub up: bool,
     /// Whether it is the loopback interface.
     pub loopback: bool,
+    /// Index of the interface at the other end, in whichever network namespace that is.
+    pub peer: Option<u32>,
     /// Length of the header in front of the network layer; `None` for link layers we know nothing about.
     pub link_header: Option<u8>,
 }
@@ -277,7 +279,7 @@ fn fq_options() -> Vec<TcOption> {
         number(BUCKETS_LOG, 14),
         number(ORPHAN_MASK, 0xffff),
         number(TIMER_SLACK, 1_000),
-        number(HORIZON, 130_000_000),
+        number(HORIZON, 500_000_000),
         TcOption::Other(DefaultNla::new(HORIZON_DROP, vec![0])),
     ]
 }
@@ -287,8 +289,13 @@ fn interface(link: &LinkMessage) -> Interface {
         LinkAttribute::IfName(name) => Some(name.clone()),
         _ => None,
     });
+    let peer = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) => Some(*index),
+        _ => None,
+    });
     Interface {
         name: name.unwrap_or_default(),
+        peer,
         index: link.header.index,
         up: link.header.flags.contains(LinkFlags::Up),
         loopback: link.header.flags.contains(LinkFlags::Loopback),
