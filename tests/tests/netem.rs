@@ -262,7 +262,7 @@ async fn a_rate_is_kept_and_a_burst_passes() -> Result<()> {
         patience: Duration::from_secs(2),
         ..probe
     };
-    let fault = rate(Rate { bits_per_second: 10_000_000, limit_bytes: 100_000_000, ..Rate::default() });
+    let fault = rate(Rate { bits_per_second: 10_000_000, limit_bytes: 50_000_000, ..Rate::default() });
     let (seen, ended) = duel.probe(&seeded(fault), overload).await?;
     let reached = seen.rate() * bits / 10e6;
     println!("{reached} of 10 Mbit/s");
