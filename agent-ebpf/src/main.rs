@@ -48,7 +48,7 @@ const NEXT: i32 = -1;
 /// Nobody paces a packet further ahead than this; such a time stamp is of another clock.
 const FARTHEST: u64 = 60_000_000_000;
 /// Flag of a TCP header.
-const RST: u8 = 0x04;
+const RST: u32 = 0x04;
 
 /// Not 0 where the kernel knows the cgroup (v2) of a socket. Elsewhere the verifier never sees the helpers.
 #[unsafe(no_mangle)]
@@ -253,7 +253,7 @@ impl Place<'_> {
             Job::Dns
         } else {
             // What ends a connection is nobody's to end.
-            if packet.tcp_flags.is_none_or(|flags| flags & RST != 0) {
+            if packet.tcp_flags.get().is_none_or(|flags| flags & RST != 0) {
                 return NEXT;
             }
             if mode == Mode::Cut as u64 {

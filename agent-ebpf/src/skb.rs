@@ -140,7 +140,7 @@ impl<'a> Skb<'a> {
     /// Id of the cgroup (v2) of the socket that will receive the packet; 0 where there is none.
     #[inline(always)]
     pub(crate) fn receivers_cgroup_id(&self, link_header: usize, packet: &Packet) -> u64 {
-        let Some((peer, local)) = packet.ports else { return 0 };
+        let Some((peer, local)) = packet.ports() else { return 0 };
         // SAFETY: zeroes are a valid tuple.
         let mut tuple: bpf_sock_tuple = unsafe { MaybeUninit::zeroed().assume_init() };
         let size = match packet.peer {

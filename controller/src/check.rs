@@ -187,8 +187,8 @@ fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
             [("baseline", round.baseline), ("fault", round.hold), ("recovery up to", round.recovery)];
         let phases: Vec<String> = phases.iter().map(|(name, d)| format!("{name} {}", time(*d))).collect();
         let _ = writeln!(text, "\nROUND {}  {}", round.name, phases.join(", "));
-        for (order, armed) in faults {
-            fault_text(&mut text, agents, order, armed);
+        for ((order, armed), warnings) in faults.iter().zip(plan::warnings(plan, index)) {
+            fault_text(&mut text, agents, order, armed, &warnings);
         }
         gates_text(&mut text, plan, Some(index));
     }
@@ -200,13 +200,23 @@ fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
     text
 }
 
-fn fault_text(text: &mut String, agents: &[Agent], order: &Order, armed: &Result<Armed, NotArmed>) {
+fn fault_text(
+    text: &mut String,
+    agents: &[Agent],
+    order: &Order,
+    armed: &Result<Armed, NotArmed>,
+    warnings: &[String],
+) {
+    let mark = if armed.is_ok() { "✔ ok" } else { "✖ no" };
+    let _ = writeln!(text, "  {mark}   {}", order.summary);
+    for warning in warnings {
+        let _ = writeln!(text, "           ! warning  {warning}");
+    }
     match armed {
         Err(e) => {
-            let _ = writeln!(text, "  ✖ no   {}\n           {e}", order.summary);
+            let _ = writeln!(text, "           {e}");
         }
         Ok(armed) => {
-            let _ = writeln!(text, "  ✔ ok   {}", order.summary);
             for (agent, injection) in armed {
                 let resolved = injection.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default();
                 let _ = writeln!(
@@ -264,11 +274,12 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame])
             "warnings": i.warnings,
         })
     };
-    let fault = |(order, armed): &(Order, Result<Armed, NotArmed>)| match armed {
+    let fault = |(order, armed): &(Order, Result<Armed, NotArmed>), warnings: &[String]| match armed {
         Ok(armed) => {
-            json!({ "fault": order.summary, "injections": armed.iter().map(injection).collect::<Vec<_>>() })
+            let injections: Vec<Value> = armed.iter().map(injection).collect();
+            json!({ "fault": order.summary, "warnings": warnings, "injections": injections })
         }
-        Err(e) => json!({ "fault": order.summary, "error": e.to_string() }),
+        Err(e) => json!({ "fault": order.summary, "warnings": warnings, "error": e.to_string() }),
     };
     let rounds: Vec<Value> = plan
         .rounds
@@ -276,12 +287,13 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame])
         .zip(&checked.faults)
         .enumerate()
         .map(|(index, (round, faults))| {
+            let warnings = plan::warnings(plan, index);
             json!({
                 "name": round.name,
                 "baseline_seconds": round.baseline.as_secs_f64(),
                 "hold_seconds": round.hold.as_secs_f64(),
                 "recovery_seconds": round.recovery.as_secs_f64(),
-                "faults": faults.iter().map(fault).collect::<Vec<_>>(),
+                "faults": faults.iter().zip(&warnings).map(|(f, w)| fault(f, w)).collect::<Vec<_>>(),
                 "gates": round.gates.iter().map(|g| gate_json(g, plan, Some(index))).collect::<Vec<_>>(),
             })
         })
@@ -314,5 +326,46 @@ mod tests {
         let given = v1::NetworkFault { seed: 7, ..v1::NetworkFault::default() };
         let given = v1::Fault { kind: Some(v1::fault::Kind::Network(given)) };
         assert_eq!(seed_of(seeded(given, 1, 0, 0)), 7);
+    }
+
+    const PLAN: &str = "
+apiVersion: squall.dev/v1
+kind: Plan
+metadata: { name: test }
+targets: { web: { process: { exe: web } } }
+rounds:
+  - name: first
+    hold: 2s
+    gates: [ { oom: { target: web } } ]
+    faults:
+      - network: { on: web, delay: { latency: 1s, jitter: 1s } }
+      - network: { on: web, to: '10.0.0.7:80', loss: 5% }
+";
+
+    #[tokio::test]
+    async fn what_may_surprise_is_told_beside_its_fault() {
+        let fake = crate::fake::Fake::start("node-a").await;
+        let agents = std::slice::from_ref(&fake.agent);
+        let plan = plan::parse(Path::new("plan.yaml"), PLAN).expect("a plan");
+        let checked = dry_run(&plan, agents, "check", 1).await.expect("checked");
+        assert!(checked.problems(agents, &plan).is_empty());
+        let text = as_text(&plan, agents, &checked);
+        let faults: Vec<&str> = text.lines().skip_while(|l| !l.starts_with("ROUND")).skip(1).collect();
+        insta::assert_snapshot!(faults.join("\n"), @r"
+        ✔ ok   network web ↔ everyone: delay 1s ±1s
+                 ! warning  the delay is of each packet, not of each request: a round trip takes 2s longer, and a request may need several
+                 ! warning  jitter lets packets overtake each other, which TCP may take for loss; keepOrder keeps their order
+                 node-a  web pid 7  by 
+        ✔ ok   network web ↔ 10.0.0.7:80: loss 5%
+                 ! warning  no packet reaches this: the first fault that matches takes it, and `network web ↔ everyone: delay 1s ±1s` matches all of these; put this one before it, or both in one fault
+                 node-a  web pid 7  by 
+        gate   oom: web ≤ 0 kills
+                 ✔ needs 1 samples of web, gets about 32: enough
+        ");
+        let json = as_json(&plan, agents, &checked, &[]);
+        let warnings =
+            |n: usize| json["rounds"][0]["faults"][n]["warnings"].as_array().expect("a list").len();
+        assert_eq!((warnings(0), warnings(1)), (2, 1));
+        assert_eq!(json["ok"], true);
     }
 }

@@ -195,8 +195,7 @@ fn ends(i: &v1::Injection) -> String {
 /// What it measurably did: `matched 1204 packets, dropped 61 packets`.
 pub(crate) fn measured(i: &v1::Injection) -> String {
     let Some(effect) = &i.effect else { return "nothing yet".into() };
-    let shown: Vec<String> = figures(effect).iter().map(figure::effect).collect();
-    shown.join(", ")
+    figure::effects(&figures(effect))
 }
 
 /// Reverts everything an agent holds. Gives what was live before; of one that was just started also what its start

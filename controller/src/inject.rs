@@ -1,6 +1,6 @@
 //! `squall inject`: one fault by hand, measured, and always with an end.
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
 use anyhow::Result;
 use jiff::{Span, Zoned};
@@ -208,16 +208,7 @@ fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach:
         ));
         return;
     }
-    out(&format!("{}  id {}  on {}\n", order.summary, order.id, several(fired.len(), "target")));
-    for (agent, i) in fired {
-        out(&format!("  {}  by {}\n", place(&agents[*agent], i), i.mechanism));
-        for change in &i.changes {
-            out(&format!("    changes  {change}\n"));
-        }
-        for warning in &i.warnings {
-            out(&format!("    ! warning  {warning}\n"));
-        }
-    }
+    out(&injected(agents, order, fired));
     let longest = fired.iter().map(|(_, i)| left(i, i.ends_boot_ns)).max().unwrap_or_default();
     let at = i64::try_from(longest.as_millis())
         .ok()
@@ -229,6 +220,25 @@ fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach:
     let named = common.agents.iter().fold(String::new(), |text, a| text + " --agents " + &a.to_string());
     let or = if detach { "" } else { ", or Ctrl-C" };
     out(&format!("end it now      squall{named} revert {}{or}\n", order.id));
+}
+
+/// What was injected where, how, and with which seed; changes with their undo, and warnings.
+fn injected(agents: &[Agent], order: &Order, fired: &Armed) -> String {
+    let mut text = format!("{}  id {}  on {}\n", order.summary, order.id, several(fired.len(), "target"));
+    // Writing to a string does not fail.
+    for (agent, i) in fired {
+        let _ = writeln!(text, "  {}  by {}", place(&agents[*agent], i), i.mechanism);
+        if i.seed != 0 {
+            let _ = writeln!(text, "    seed     {}", i.seed);
+        }
+        for change in &i.changes {
+            let _ = writeln!(text, "    changes  {change}");
+        }
+        for warning in &i.warnings {
+            let _ = writeln!(text, "    ! warning  {warning}");
+        }
+    }
+    text
 }
 
 fn show_measured(agents: &[Agent], now: &Armed) {
@@ -244,4 +254,45 @@ fn show_measured(agents: &[Agent], now: &Armed) {
 
 fn place(agent: &Agent, i: &v1::Injection) -> String {
     format!("{}  {}", agent.node, i.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{commands::injection_json, fake::Fake};
+
+    #[tokio::test]
+    async fn the_seed_is_shown_where_something_is_drawn() {
+        let fake = Fake::start("node-a").await;
+        let order = Order {
+            id: "7f3a".into(),
+            on: "shop".into(),
+            summary: "network shop ↔ everyone: loss 5%".into(),
+            target: v1::Target::default(),
+            fault: v1::Fault::default(),
+            duration: Duration::from_secs(30),
+            lease: LEASE,
+        };
+        let drawn = v1::Injection {
+            id: "7f3a".into(),
+            target: Some(v1::ResolvedTarget { name: "shop pid 7".into(), ..Default::default() }),
+            mechanism: "TCX".into(),
+            changes: vec!["eth0: programs attached by TCX; ends with its link".into()],
+            warnings: vec!["eth0: other injections come first".into()],
+            seed: 4711,
+            ..Default::default()
+        };
+        assert_eq!(injection_json("node-a", &drawn)["seed"], 4711);
+        let fixed = v1::Injection { seed: 0, changes: vec![], warnings: vec![], ..drawn.clone() };
+        let fired = vec![(0, drawn), (0, fixed)];
+        let text = injected(std::slice::from_ref(&fake.agent), &order, &fired);
+        insta::assert_snapshot!(text, @r"
+        network shop ↔ everyone: loss 5%  id 7f3a  on 2 targets
+          node-a  shop pid 7  by TCX
+            seed     4711
+            changes  eth0: programs attached by TCX; ends with its link
+            ! warning  eth0: other injections come first
+          node-a  shop pid 7  by TCX
+        ");
+    }
 }

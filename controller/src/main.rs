@@ -91,7 +91,7 @@ fn command(cli: &Cli) -> Result<u8> {
             Command::Status => commands::status(common).await,
             Command::Revert { ids, all } => commands::revert(common, ids, *all).await,
             Command::Nodes => commands::nodes(common).await,
-            Command::Run { plan } => run::run(common, plan, signals::follow()?).await,
+            Command::Run { plan, seed } => run::run(common, plan, *seed, signals::follow()?).await,
             Command::Report { run, format } => commands::report(common, run, *format),
             Command::ExitCodes => Ok(exit::OK),
         }

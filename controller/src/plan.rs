@@ -33,19 +33,25 @@ pub(crate) fn blame(file: &Path, text: &str, problems: &[Blame]) -> Invalid {
     }
 }
 
+mod cover;
 pub(crate) mod fault;
+pub(crate) mod network;
 mod read;
 mod tree;
 pub(crate) mod units;
 
-pub(crate) use self::tree::Invalid;
+pub(crate) use self::{
+    cover::warnings,
+    network::{Address, Protocol},
+    tree::Invalid,
+};
 
 /// Parses and checks the text of a plan.
 ///
 /// # Errors
 ///
 /// Everything that is wrong with it at once, each with line, column, field, and what to write instead. `file` is
-/// only named.
+/// not read; what the plan reads itself, such as the tables of distributions, is relative to it.
 pub(crate) fn parse(file: &Path, text: &str) -> Result<Plan, Invalid> {
     let source = tree::Source::new(file, text);
     let tree = source.parse()?;
@@ -112,33 +118,6 @@ pub(crate) enum Target {
     },
     /// A far side only: nothing that an agent can get hold of.
     Address(Address),
-}
-
-/// The far side of a network fault.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub(crate) struct Address {
-    /// CIDRs; none means any address.
-    pub cidrs: Vec<String>,
-    /// Ports of the peer, first to last; none means any.
-    pub ports: Vec<(u16, u16)>,
-    /// Ports of the target, first to last; none means any.
-    pub local_ports: Vec<(u16, u16)>,
-    /// Protocol.
-    pub protocol: Protocol,
-}
-
-/// A transport protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Protocol {
-    /// Any.
-    #[default]
-    Any,
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// ICMP and `ICMPv6`.
-    Icmp,
 }
 
 /// A source of samples.

@@ -44,12 +44,17 @@ const TICK: Duration = Duration::from_millis(200);
 /// Load runs this long before the first baseline, so that it does not see connections being made.
 const WARM_UP: Duration = Duration::from_secs(2);
 
-/// `squall run`.
-pub(crate) async fn run(common: &Common, path: &Path, signals: watch::Receiver<Asked>) -> Result<u8> {
+/// `squall run`. A `seed` goes before the plan's; where there is none at all, one is drawn.
+pub(crate) async fn run(
+    common: &Common,
+    path: &Path,
+    seed: Option<u64>,
+    signals: watch::Receiver<Asked>,
+) -> Result<u8> {
     let (text, plan) = check::load(path)?;
     let clock = Clock::start();
     let started = Timestamp::now();
-    let seed = plan.seed.unwrap_or_else(|| rand::random::<u32>().into());
+    let seed = seed.or(plan.seed).unwrap_or_else(|| rand::random::<u32>().into());
     let store = Store::create(&common.runs, &text)?;
     let id = store.id.clone();
     let log = Arc::new(Log::new(clock, store, Progress::new(common.progress)));

@@ -103,6 +103,18 @@ fn an_agent_that_was_named_and_is_gone_is_4_and_the_run_is_on_record() {
 }
 
 #[test]
+fn the_command_that_a_report_gives_to_run_again_is_one() {
+    let dir = dir();
+    let gone = format!("unix://{}", dir.path().join("gone.sock").display());
+    let run = ran(dir.path(), &["--agents", &gone, "run", "plan.yaml", "--seed", "4711"]);
+    assert_eq!(run.code, Some(4), "{}", run.stderr);
+    let run = std::fs::read_dir(dir.path().join("runs")).expect("runs").flatten().next().expect("one").path();
+    let read = |file: &str| std::fs::read_to_string(run.join(file)).expect(file);
+    assert!(read("events.jsonl").contains("\"seed\":4711"));
+    assert!(read("report.html").contains("squall run plan.yaml --seed 4711"));
+}
+
+#[test]
 fn an_agent_that_cannot_be_started_is_our_failure() {
     let dir = dir();
     let ran = ran(dir.path(), &["run", "plan.yaml"]);

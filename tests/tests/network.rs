@@ -105,13 +105,13 @@ fn figure(injection: &Injection, name: &str) -> Option<f64> {
 fn delay(latency_ns: u64, direction: Direction) -> NetworkFault {
     NetworkFault {
         direction: direction.into(),
-        delay: Some(Delay { latency_ns, jitter_ns: 0 }),
+        delay: Some(Delay { latency_ns, ..Delay::default() }),
         ..NetworkFault::default()
     }
 }
 
 fn loss(ratio: f64, direction: Direction) -> NetworkFault {
-    NetworkFault { direction: direction.into(), loss: Some(Loss { ratio }), ..NetworkFault::default() }
+    NetworkFault { direction: direction.into(), loss: Some(Loss { ratio, ..Loss::default() }), ..NetworkFault::default() }
 }
 
 fn partition(direction: Direction, peers: &[&str]) -> NetworkFault {
@@ -254,7 +254,7 @@ async fn a_partition_cuts_off_its_peers_and_nobody_else() -> Result<()> {
 async fn ports_and_protocols_choose() -> Result<()> {
     let mut bench = Bench::new("ports").await?;
     let fault = |first, last, protocol: Protocol| NetworkFault {
-        delay: Some(Delay { latency_ns: 200 * MS, jitter_ns: 0 }),
+        delay: Some(Delay { latency_ns: 200 * MS, ..Delay::default() }),
         direction: Direction::Egress.into(),
         peers: vec![Peer {
             ports: vec![PortRange { first, last }],
@@ -361,7 +361,7 @@ async fn what_is_wrong_is_refused_before_anything_changes() -> Result<()> {
         (loss(1.3, Direction::Both), "network.loss.ratio"),
         (with(|f| f.share = -0.1), "network.share"),
         (delay(61 * SECOND, Direction::Both), "network.delay.latency"),
-        (with(|f| f.delay = Some(Delay { latency_ns: MS, jitter_ns: 2 * MS })), "network.delay.jitter"),
+        (with(|f| f.delay = Some(Delay { latency_ns: MS, jitter_ns: 2 * MS, ..Delay::default() })), "network.delay.jitter"),
         (NetworkFault::default(), "nothing"),
         (with(|f| f.peers = vec![Peer { cidrs: vec!["10.0.0.0/40".into()], ..Peer::default() }]), "cidrs[0]"),
         (

@@ -48,13 +48,13 @@ impl Network {
     }
 
     fn delay() -> Result<Self> {
-        let delay = Some(Delay { latency_ns: 100_000_000, jitter_ns: 0 });
+        let delay = Some(Delay { latency_ns: 100_000_000, ..Delay::default() });
         let fault = NetworkFault { direction: Direction::Egress.into(), delay, ..NetworkFault::default() };
         Self::new(fault, (0.0, 0.0), (95.0, 200.0))
     }
 
     fn loss() -> Result<Self> {
-        let fault = NetworkFault { loss: Some(Loss { ratio: 0.5 }), ..NetworkFault::default() };
+        let fault = NetworkFault { loss: Some(Loss { ratio: 0.5, ..Loss::default() }), ..NetworkFault::default() };
         // Both ways: a quarter of the pings is answered.
         Self::new(fault, (0.4, 0.95), (0.0, 50.0))
     }

@@ -30,19 +30,19 @@ pub fn live(table: &Table, way: Direction) -> u64 {
 #[must_use]
 pub fn candidates(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
     let mut set = live & table.protocol[packet.protocol as usize & 3].load();
-    let narrow = |set: u64, dimension: Dimension, value: Option<u16>| {
+    let narrow = |set: u64, dimension: Dimension, value: Option<u32>| {
         let any = table.any[dimension as usize].load();
-        if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v))) }
+        if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v as u16))) }
     };
-    set = narrow(set, Dimension::PeerPort, packet.ports.map(|(peer, _)| peer));
-    set = narrow(set, Dimension::LocalPort, packet.ports.map(|(_, local)| local));
+    set = narrow(set, Dimension::PeerPort, packet.port_pair.get().map(|pair| pair >> 16));
+    set = narrow(set, Dimension::LocalPort, packet.port_pair.get());
     let plain = table.plain.load();
     if set & !plain != 0 {
-        set = narrow(set, Dimension::Vlan, Some(packet.vlan));
-        set = narrow(set, Dimension::Dscp, Some(u16::from(packet.dscp)));
-        set = narrow(set, Dimension::Icmp, packet.icmp_type.map(u16::from));
-        set = narrow(set, Dimension::Flags, packet.tcp_flags.map(u16::from));
-        set = narrow(set, Dimension::Fragment, Some(u16::from(packet.fragment)));
+        set = narrow(set, Dimension::Vlan, Some(u32::from(packet.vlan)));
+        set = narrow(set, Dimension::Dscp, Some(u32::from(packet.dscp)));
+        set = narrow(set, Dimension::Icmp, packet.icmp_type.get());
+        set = narrow(set, Dimension::Flags, packet.tcp_flags.get());
+        set = narrow(set, Dimension::Fragment, Some(u32::from(packet.fragment)));
     }
     let any = table.any_peer.load();
     if set & !any != 0 {

@@ -25,6 +25,30 @@ pub enum Address {
     V6([u8; 16]),
 }
 
+/// A number or none. Unlike an `Option` it has no bytes that mean nothing where there is none: the verifier lets no program
+/// copy those.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Maybe(u64);
+
+impl Maybe {
+    /// No number.
+    pub const NONE: Self = Self(u64::MAX);
+
+    /// A number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn some(number: u32) -> Self {
+        Self(number as u64)
+    }
+
+    /// The number, where there is one.
+    #[inline(always)]
+    #[must_use]
+    pub fn get(self) -> Option<u32> {
+        if self.0 == u64::MAX { None } else { Some(self.0 as u32) }
+    }
+}
+
 /// A packet, seen from the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
@@ -32,13 +56,13 @@ pub struct Packet {
     pub peer: Address,
     /// The transport protocol.
     pub protocol: Protocol,
-    /// Ports of the peer and of the target. `None` for protocols without ports and for every fragment but the first:
-    /// those match only rules that ask for no port.
-    pub ports: Option<(u16, u16)>,
-    /// Flags of a TCP header, as in the header. `None` where there is none to be seen.
-    pub tcp_flags: Option<u8>,
+    /// The peer's port in the upper half, the target's in the lower. None for protocols without ports and for every fragment
+    /// but the first: those match only rules that ask for no port.
+    pub port_pair: Maybe,
+    /// Flags of a TCP header, as in the header. None where there is none to be seen.
+    pub tcp_flags: Maybe,
     /// Type of an ICMP or `ICMPv6` message.
-    pub icmp_type: Option<u8>,
+    pub icmp_type: Maybe,
     /// The code point of the traffic class, 0 to 63.
     pub dscp: u8,
     /// Whether it is a fragment, the first one included.
@@ -48,6 +72,13 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// Ports of the peer and of the target.
+    #[inline(always)]
+    #[must_use]
+    pub fn ports(&self) -> Option<(u16, u16)> {
+        self.port_pair.get().map(|pair| ((pair >> 16) as u16, pair as u16))
+    }
+
     /// A number that all packets of one flow share, whichever way they go.
     #[inline(always)]
     #[must_use]
@@ -62,8 +93,7 @@ impl Packet {
                 )
             }
         };
-        let (peer, local) = self.ports.unwrap_or((0, 0));
-        let rest = (self.protocol as u64) << 32 | u64::from(peer) << 16 | u64::from(local);
+        let rest = (self.protocol as u64) << 32 | u64::from(self.port_pair.get().unwrap_or(0));
         hash(high, low, rest)
     }
 }
@@ -154,7 +184,7 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     Some(Packet {
         peer: Address::V4(peer),
         protocol: protocol(next),
-        ports: inner.ports,
+        port_pair: inner.port_pair,
         tcp_flags: inner.tcp_flags,
         icmp_type: inner.icmp_type,
         dscp: header[1] >> 2,
@@ -201,13 +231,13 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     }
     let inner = if later { Inner::UNKNOWN } else { inner(bytes, next, offset, way) };
     // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
-    if next == IPPROTO_ICMPV6 && inner.icmp_type.is_some_and(|kind| (133..=137).contains(&kind)) {
+    if next == IPPROTO_ICMPV6 && inner.icmp_type.get().is_some_and(|kind| (133..=137).contains(&kind)) {
         return None;
     }
     Some(Packet {
         peer: Address::V6(peer),
         protocol: protocol(next),
-        ports: inner.ports,
+        port_pair: inner.port_pair,
         tcp_flags: inner.tcp_flags,
         icmp_type: inner.icmp_type,
         dscp,
@@ -218,45 +248,48 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
 
 /// What the transport's header says.
 struct Inner {
-    ports: Option<(u16, u16)>,
-    tcp_flags: Option<u8>,
-    icmp_type: Option<u8>,
+    port_pair: Maybe,
+    tcp_flags: Maybe,
+    icmp_type: Maybe,
 }
 
 impl Inner {
-    const UNKNOWN: Self = Self { ports: None, tcp_flags: None, icmp_type: None };
+    const UNKNOWN: Self = Self { port_pair: Maybe::NONE, tcp_flags: Maybe::NONE, icmp_type: Maybe::NONE };
 }
 
 #[inline(always)]
 fn inner(bytes: &(impl Bytes + ?Sized), protocol: u8, offset: usize, way: Direction) -> Inner {
+    let mut inner = Inner::UNKNOWN;
     match protocol {
         IPPROTO_ICMP | IPPROTO_ICMPV6 => {
-            let icmp_type = bytes.read::<1>(offset).map(|[kind]| kind);
-            Inner { icmp_type, ..Inner::UNKNOWN }
+            if let Some([kind]) = bytes.read::<1>(offset) {
+                inner.icmp_type = Maybe::some(u32::from(kind));
+            }
         }
-        IPPROTO_TCP => match bytes.read::<14>(offset) {
-            Some(header) => Inner {
-                ports: Some(ports([header[0], header[1], header[2], header[3]], way)),
-                tcp_flags: Some(header[13]),
-                icmp_type: None,
-            },
-            None => Inner::UNKNOWN,
-        },
+        IPPROTO_TCP => {
+            if let Some(header) = bytes.read::<14>(offset) {
+                inner.port_pair = pair([header[0], header[1], header[2], header[3]], way);
+                inner.tcp_flags = Maybe::some(u32::from(header[13]));
+            }
+        }
         IPPROTO_UDP | IPPROTO_SCTP | IPPROTO_DCCP | IPPROTO_UDPLITE => {
-            Inner { ports: bytes.read::<4>(offset).map(|four| ports(four, way)), ..Inner::UNKNOWN }
+            if let Some(four) = bytes.read::<4>(offset) {
+                inner.port_pair = pair(four, way);
+            }
         }
-        _ => Inner::UNKNOWN,
+        _ => {}
     }
+    inner
 }
 
-/// Ports of the peer and of the target.
+/// Ports of the peer and of the target, from a header that begins with source and destination.
 #[inline(always)]
-fn ports([a, b, c, d]: [u8; 4], way: Direction) -> (u16, u16) {
-    let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-    match way {
-        Direction::Egress => (destination, source),
-        Direction::Ingress => (source, destination),
-    }
+fn pair(header: [u8; 4], way: Direction) -> Maybe {
+    let pair = u32::from_be_bytes(header);
+    Maybe::some(match way {
+        Direction::Egress => pair.rotate_left(16),
+        Direction::Ingress => pair,
+    })
 }
 
 #[inline(always)]
@@ -305,33 +338,33 @@ mod tests {
         let p = v4(6, 0, 0, &SEGMENT);
         let out = read(&p, ETH_P_IP, Direction::Egress).unwrap();
         assert_eq!(out.peer, Address::V4([10, 0, 0, 2]));
-        assert_eq!(out.ports, Some((6379, 1000)));
+        assert_eq!(out.ports(), Some((6379, 1000)));
         assert_eq!(out.protocol, Protocol::Tcp);
         let back = read(&p, ETH_P_IP, Direction::Ingress).unwrap();
         assert_eq!(back.peer, Address::V4([10, 0, 0, 1]));
-        assert_eq!(back.ports, Some((1000, 6379)));
+        assert_eq!(back.ports(), Some((1000, 6379)));
     }
 
     #[test]
     fn options_move_the_ports() {
         let p = v4(17, 0, 10, &SEGMENT);
-        assert_eq!(read(&p, ETH_P_IP, Direction::Egress).unwrap().ports, Some((6379, 1000)));
+        assert_eq!(read(&p, ETH_P_IP, Direction::Egress).unwrap().ports(), Some((6379, 1000)));
     }
 
     #[test]
     fn only_the_first_fragment_has_ports() {
         let first = v4(17, 0x2000, 0, &SEGMENT);
-        assert_eq!(read(&first, ETH_P_IP, Direction::Egress).unwrap().ports, Some((6379, 1000)));
+        assert_eq!(read(&first, ETH_P_IP, Direction::Egress).unwrap().ports(), Some((6379, 1000)));
         let second = v4(17, 0x0010, 0, &SEGMENT);
         let second = read(&second, ETH_P_IP, Direction::Egress).unwrap();
-        assert_eq!((second.ports, second.protocol, second.fragment), (None, Protocol::Udp, true));
+        assert_eq!((second.ports(), second.protocol, second.fragment), (None, Protocol::Udp, true));
         let mut v6_second = vec![17, 0, 0x00, 0x08, 0, 0, 0, 1];
         v6_second.extend(SEGMENT);
         let second = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((second.ports, second.protocol), (None, Protocol::Udp));
+        assert_eq!((second.ports(), second.protocol), (None, Protocol::Udp));
         v6_second[3] = 0x01;
         let first = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((first.ports, first.fragment), (Some((6379, 1000)), true));
+        assert_eq!((first.ports(), first.fragment), (Some((6379, 1000)), true));
         assert!(!read(&v4(17, 0x4000, 0, &SEGMENT), ETH_P_IP, Direction::Egress).unwrap().fragment);
     }
 
@@ -340,12 +373,12 @@ mod tests {
         let mut p = v4(6, 0, 0, &SEGMENT);
         p[1] = 46 << 2 | 1;
         let packet = read(&p, ETH_P_IP, Direction::Egress).unwrap();
-        assert_eq!((packet.tcp_flags, packet.icmp_type, packet.dscp), (Some(0x12), None, 46));
+        assert_eq!((packet.tcp_flags.get(), packet.icmp_type.get(), packet.dscp), (Some(0x12), None, 46));
         let mut p = v6(58, &[128, 0, 0, 0]);
         p[0] |= 0x0b;
         p[1] = 0x80;
         let packet = read(&p, ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((packet.tcp_flags, packet.icmp_type, packet.dscp), (None, Some(128), 46));
+        assert_eq!((packet.tcp_flags.get(), packet.icmp_type.get(), packet.dscp), (None, Some(128), 46));
     }
 
     #[test]
@@ -368,7 +401,7 @@ mod tests {
         chain.extend([0; 20]);
         chain.extend(SEGMENT);
         let p = read(&v6(0, &chain), ETH_P_IPV6, Direction::Ingress).unwrap();
-        assert_eq!(p.ports, Some((1000, 6379)));
+        assert_eq!(p.ports(), Some((1000, 6379)));
         assert_eq!(p.peer, Address::V6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]));
 
         let mut long = Vec::new();
@@ -377,7 +410,7 @@ mod tests {
         }
         long.extend([6, 0, 0, 0, 0, 0, 0, 0]);
         long.extend(SEGMENT);
-        assert_eq!(read(&v6(60, &long), ETH_P_IPV6, Direction::Egress).unwrap().ports, None);
+        assert_eq!(read(&v6(60, &long), ETH_P_IPV6, Direction::Egress).unwrap().ports(), None);
     }
 
     #[test]
@@ -387,7 +420,7 @@ mod tests {
             assert_eq!(read(&v6(58, &[kind, 0, 0, 0]), ETH_P_IPV6, Direction::Egress), None);
         }
         let echo = read(&v6(58, &[128, 0, 0, 0]), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((echo.protocol, echo.ports), (Protocol::Icmp, None));
+        assert_eq!((echo.protocol, echo.ports()), (Protocol::Icmp, None));
     }
 
     #[test]
@@ -395,7 +428,7 @@ mod tests {
         let mut p = vec![0, 7, 0x81, 0x00, 0, 8, 0x08, 0x00];
         p.extend(v4(6, 0, 0, &SEGMENT));
         let packet = read(&p, ETH_P_8021AD, Direction::Egress).unwrap();
-        assert_eq!((packet.ports, packet.vlan), (Some((6379, 1000)), 7));
+        assert_eq!((packet.ports(), packet.vlan), (Some((6379, 1000)), 7));
         // What the kernel took off is the outer one.
         assert_eq!(parse(&p[..], ETH_P_8021AD, 5, 0, Direction::Egress).unwrap().vlan, 5);
     }

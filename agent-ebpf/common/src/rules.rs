@@ -235,7 +235,7 @@ mod tests {
     use super::*;
     use crate::{
         matching::{self, Lookup},
-        packet::Packet,
+        packet::{Maybe, Packet},
         table::{Direction, Table},
     };
 
@@ -324,12 +324,12 @@ mod tests {
             Direction::Ingress => clause.ingress,
         }) && clause.protocol.is_none_or(|p| p == packet.protocol)
             && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host(packet.peer))))
-            && within(&clause.peer_ports, packet.ports.map(|p| p.0))
-            && within(&clause.local_ports, packet.ports.map(|p| p.1))
+            && within(&clause.peer_ports, packet.ports().map(|p| p.0))
+            && within(&clause.local_ports, packet.ports().map(|p| p.1))
             && (clause.dscp.is_empty() || clause.dscp.contains(&packet.dscp))
             && (clause.vlans.is_empty() || clause.vlans.contains(&packet.vlan))
-            && (clause.icmp_types.is_empty() || packet.icmp_type.is_some_and(|t| clause.icmp_types.contains(&t)))
-            && clause.tcp_flags.is_none_or(|flags| packet.tcp_flags.is_some_and(|f| flags.allow(f)))
+            && (clause.icmp_types.is_empty() || packet.icmp_type.get().is_some_and(|t| clause.icmp_types.contains(&(t as u8))))
+            && clause.tcp_flags.is_none_or(|flags| packet.tcp_flags.get().is_some_and(|f| flags.allow(f as u8)))
             && clause.fragments.is_none_or(|only| only == packet.fragment)
             && clause.cgroups.as_ref().is_none_or(|ids| ids.contains(&CGROUP))
     }
@@ -376,10 +376,20 @@ mod tests {
     prop_compose! {
         fn packets()(
             peer in addresses(), protocol in protocols(), ports in option::of((0..16_u16, 0..16_u16)),
-            tcp_flags in option::of(0..8_u8), icmp_type in option::of(0..5_u8), dscp in 0..5_u8, fragment: bool,
+            tcp_flags in option::of(0..8_u32), icmp_type in option::of(0..5_u32), dscp in 0..5_u8, fragment: bool,
             vlan in 0..4_u16,
         ) -> Packet {
-            Packet { peer, protocol, ports, tcp_flags, icmp_type, dscp, fragment, vlan }
+            let maybe = |number: Option<u32>| number.map_or(Maybe::NONE, Maybe::some);
+            Packet {
+                peer,
+                protocol,
+                port_pair: maybe(ports.map(|(peer, local)| u32::from(peer) << 16 | u32::from(local))),
+                tcp_flags: maybe(tcp_flags),
+                icmp_type: maybe(icmp_type),
+                dscp,
+                fragment,
+                vlan,
+            }
         }
     }
 

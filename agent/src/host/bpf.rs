@@ -384,3 +384,16 @@ impl<T: Shared> Drop for Mapped<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Needs root.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn privileged_the_verifier_accepts_every_program() {
+        if let Err(error) = Programs::get() {
+            panic!("{error:#}");
+        }
+    }
+}

@@ -2,15 +2,19 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use clap::{ValueEnum, builder::PossibleValue};
+
 use crate::outline;
 
 use super::{
-    Address, Expect, Fault, Gate, JsonCheck, JsonPath, JsonStep, Load, Measure, OnFail, Plan, Probe,
-    Protocol, Round, Scrape, Target,
-    fault::{Cpu, Direction, Memory, Network, Size},
+    Expect, Fault, Gate, JsonCheck, JsonPath, JsonStep, Load, Measure, OnFail, Plan, Probe, Round, Scrape,
+    Target,
+    fault::{Cpu, Memory, Size},
     tree::{At, Fields, did_you_mean},
     units::{self, Wrong},
 };
+
+mod network;
 
 const DEFAULT_BASELINE: Duration = Duration::from_secs(30);
 const DEFAULT_RECOVERY: Duration = Duration::from_secs(10);
@@ -164,7 +168,7 @@ fn target(at: &At<'_>) -> Option<Target> {
             fields.finish();
             Some(Target::Interface { name: name?, netns: flip(netns)? })
         }
-        (_, at) => address(&at).map(Target::Address),
+        (_, at) => network::address(&at).map(Target::Address),
     }
 }
 
@@ -180,31 +184,42 @@ fn flip<T>(field: Option<Option<T>>) -> Option<Option<T>> {
     }
 }
 
-fn address(at: &At<'_>) -> Option<Address> {
-    let mut fields = at.fields("{ cidrs: [10.0.0.7/32], ports: [6379], protocol: tcp }")?;
-    let cidrs = fields.get("cidrs").map(|at| {
-        let items = at.list("a list of CIDRs: [10.0.0.7/32]")?;
-        items.iter().map(|at| unit(at, "a CIDR: 10.0.0.7/32", units::cidr)).collect::<Option<Vec<_>>>()
-    });
-    let ports = fields.get("ports").map(|at| port_ranges(&at));
-    let local_ports = fields.get("localPorts").map(|at| port_ranges(&at));
-    let protocol = fields.get("protocol").map(|at| unit(&at, "tcp, udp, icmp or any", units::protocol));
-    fields.finish();
-    if cidrs.is_none() && ports.is_none() && local_ports.is_none() && protocol.is_none() {
-        return at.refuse("this matches every packet", "add cidrs, ports or protocol");
-    }
-    let (cidrs, ports) = (flip(cidrs)?.unwrap_or_default(), flip(ports)?.unwrap_or_default());
-    let (local_ports, protocol) =
-        (flip(local_ports)?.unwrap_or_default(), flip(protocol)?.unwrap_or_default());
-    if protocol == Protocol::Icmp && !(ports.is_empty() && local_ports.is_empty()) {
-        return at.refuse("icmp has no ports", "remove the ports, or use tcp or udp");
-    }
-    Some(Address { cidrs, ports, local_ports, protocol })
+/// A field that may be missing, read by `read`; outer none where it is wrong.
+#[expect(
+    clippy::option_option,
+    reason = "the outer one is whether it is right, the inner one whether it is there"
+)]
+fn maybe<'a, T>(
+    fields: &mut Fields<'a>,
+    name: &str,
+    read: impl FnOnce(&At<'a>) -> Option<T>,
+) -> Option<Option<T>> {
+    flip(fields.get(name).map(|at| read(&at)))
 }
 
-fn port_ranges(at: &At<'_>) -> Option<Vec<(u16, u16)>> {
-    let items = at.list("a list of ports: [6379, 8000-8010]")?;
-    items.iter().map(|at| unit(at, "a port or a range: 6379, 8000-8010", units::ports)).collect()
+/// One of the values of an enum, by the names that the command line has for them too.
+fn choice<T: ValueEnum>(at: &At<'_>, what: &str) -> Option<T> {
+    let values: Vec<_> = T::value_variants().iter().filter_map(ValueEnum::to_possible_value).collect();
+    let names: Vec<&str> = values.iter().map(PossibleValue::get_name).collect();
+    let expected = match names.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+        _ => names.concat(),
+    };
+    let text = at.text(&expected)?;
+    T::from_str(&text, false).ok().or_else(|| {
+        let fix = did_you_mean(&text, names).unwrap_or_else(|| format!("expected {expected}"));
+        at.refuse(format!("`{text}` is no {what}"), fix)
+    })
+}
+
+/// The items of a list, each read by `read`; all that is wrong with them is noted. An empty list is a problem.
+fn items<T>(at: &At<'_>, expected: &str, read: impl Fn(&At<'_>) -> Option<T>) -> Option<Vec<T>> {
+    let items = at.list(expected)?;
+    if items.is_empty() {
+        return at.refuse("this list is empty", format!("expected {expected}, or leave it out"));
+    }
+    let items: Vec<Option<T>> = items.iter().map(read).collect();
+    items.into_iter().collect()
 }
 
 // ---- probes --------------------------------------------------------------------------------------------------------
@@ -460,113 +475,14 @@ fn fault(at: &At<'_>, names: &Names) -> Option<Fault> {
     let on = fields.require("on", "the name of a target").and_then(|at| local_target(&at, names));
     let read = match kind {
         "network" => {
-            network(fields, names).map(|n| (n.proto(), n.summary(on.as_deref().unwrap_or_default())))
+            let on = on.as_deref().unwrap_or_default();
+            network::network(fields, names, on).map(|n| (n.proto(), n.summary(on)))
         }
         "cpu" => cpu(fields).map(|c| (c.proto(), c.summary(on.as_deref().unwrap_or_default()))),
         _ => memory(fields).map(|m| (m.proto(), m.summary(on.as_deref().unwrap_or_default()))),
     };
     let (proto, summary) = read?;
     Some(Fault { on: on?, proto, summary })
-}
-
-fn network(mut fields: Fields<'_>, names: &Names) -> Option<Network> {
-    let peers = fields.get("to").map(|at| peers(&at, names));
-    let direction = fields.get("direction").map(|at| match at.text("both, egress or ingress")?.as_str() {
-        "both" => Some(Direction::Both),
-        "egress" => Some(Direction::Egress),
-        "ingress" => Some(Direction::Ingress),
-        other => at.refuse(format!("`{other}` is no direction"), "expected both, egress or ingress"),
-    });
-    let share_of = fields.get("share").map(|at| share(&at).and_then(|s| positive(&at, s)));
-    let delay = fields.get("delay").map(|at| delay(&at));
-    let loss = fields.get("loss").map(|at| share(&at).and_then(|s| positive(&at, s)));
-    let partition = fields.get("partition").map(|at| at.bool());
-    let interface = fields.get("interface").map(|at| at.text("the name of an interface"));
-    let seed = fields.get("seed").map(|at| at.int("a whole number"));
-    let map = fields.map.clone();
-    fields.finish();
-    let network = Network {
-        peers: flip(peers)?.unwrap_or_default(),
-        direction: flip(direction)?.unwrap_or_default(),
-        share: flip(share_of)?,
-        delay: flip(delay)?,
-        loss: flip(loss)?,
-        partition: flip(partition)?.unwrap_or_default(),
-        interface: flip(interface)?,
-        seed: flip(seed)?,
-    };
-    network.check().map_err(|(message, fix)| map.problem(message, fix)).ok()?;
-    Some(network)
-}
-
-fn delay(at: &At<'_>) -> Option<(Duration, Duration)> {
-    if let super::tree::Value::Text(text) = at.value
-        && units::duration(text).is_ok()
-    {
-        return at.refuse("a delay has fields", format!("write delay: {{ latency: {text} }}"));
-    }
-    let mut fields = at.fields("{ latency: 2s, jitter: 300ms }")?;
-    let latency = fields.require("latency", "2s").and_then(|at| duration(&at));
-    let jitter = fields.get("jitter").map_or(Some(Duration::ZERO), |at| duration(&at));
-    fields.finish();
-    let (latency, jitter) = (latency?, jitter?);
-    if latency.is_zero() && jitter.is_zero() {
-        return at.refuse("this delays nothing", "give a latency of more than 0");
-    }
-    Some((latency, jitter))
-}
-
-/// The far side: a name, an address, a mapping, or a list of these.
-fn peers(at: &At<'_>, names: &Names) -> Option<Vec<(String, Address)>> {
-    match at.value {
-        super::tree::Value::List(_) => {
-            let items = at.list("names of address targets")?;
-            if items.is_empty() {
-                return at
-                    .refuse("nobody is named", "name an address target, or leave `to` out for every packet");
-            }
-            items.iter().map(|at| peer(at, names)).collect()
-        }
-        _ => Some(vec![peer(at, names)?]),
-    }
-}
-
-fn peer(at: &At<'_>, names: &Names) -> Option<(String, Address)> {
-    if let super::tree::Value::Map(_) = at.value {
-        let address = address(at)?;
-        return Some((address_shown(&address), address));
-    }
-    let text = at.text("the name of an address target, or an address such as 10.0.0.7/32:6379/tcp")?;
-    match names.targets.get(&text) {
-        Some(Some(Target::Address(address))) => return Some((text, address.clone())),
-        Some(Some(_)) => {
-            let fix = "name a target with `address`, or write 10.0.0.7/32:6379/tcp here";
-            return at.refuse(format!("`{text}` is not an address"), fix);
-        }
-        Some(None) => return None,
-        None => {}
-    }
-    // What looks like an address is judged as one, everything else as a name.
-    if text.contains([':', '/', '*']) || text.starts_with(|c: char| c.is_ascii_digit()) {
-        let parsed = units::address(&text).map_err(|(message, fix)| at.problem(message, fix)).ok()?;
-        return Some((text, parsed));
-    }
-    let addresses = names.targets.iter().filter(|(_, t)| matches!(t, Some(Target::Address(_)) | None));
-    unknown(at, "target", &text, addresses.map(|(name, _)| name.as_str()))
-}
-
-fn address_shown(address: &Address) -> String {
-    let mut parts = address.cidrs.clone();
-    parts.extend(
-        address.ports.iter().map(|(a, b)| if a == b { format!(":{a}") } else { format!(":{a}-{b}") }),
-    );
-    match address.protocol {
-        Protocol::Any => {}
-        Protocol::Tcp => parts.push("tcp".into()),
-        Protocol::Udp => parts.push("udp".into()),
-        Protocol::Icmp => parts.push("icmp".into()),
-    }
-    parts.join(" ")
 }
 
 fn cpu(mut fields: Fields<'_>) -> Option<Cpu> {

@@ -1,5 +1,7 @@
 use super::*;
 
+mod network;
+
 const GOOD: &str = r#"apiVersion: squall.dev/v1
 kind: Plan
 metadata: { name: recommender-release, version: v2.14.0 }
@@ -58,8 +60,9 @@ fn reads_the_plan_of_the_design() {
     let Some(v1::fault::Kind::Network(network)) = &round.faults[0].proto.kind else {
         panic!("no network fault")
     };
-    assert_eq!(network.delay, Some(v1::Delay { latency_ns: 2_000_000_000, jitter_ns: 300_000_000 }));
-    assert_eq!(network.loss, Some(v1::Loss { ratio: 0.05 }));
+    let delay = network.delay.clone().expect("a delay");
+    assert_eq!((delay.latency_ns, delay.jitter_ns), (2_000_000_000, 300_000_000));
+    assert_eq!(network.loss, Some(v1::Loss { ratio: 0.05, ..v1::Loss::default() }));
     assert_eq!(network.peers[0].ports, [v1::PortRange { first: 6379, last: 6379 }]);
     assert_eq!(round.gates[0], Gate::Latency { probe: "shoppers".into(), percentile: 0.95, limit: 0.8 });
     assert_eq!(round.gates[2], Gate::Leak { probe: "goroutines".into(), limit: 5.0 });
@@ -248,11 +251,11 @@ fn wrong_percentiles_and_kinds() {
 
     1 error in plan.yaml
     "#);
-    insta::assert_snapshot!(errors("loss: 5%", "corrupt: 5%"), @r#"
-    plan.yaml:18:87: rounds[0].faults[0].network.corrupt: unknown field `corrupt`
+    insta::assert_snapshot!(errors("loss: 5%", "damage: 5%"), @r#"
+    plan.yaml:18:87: rounds[0].faults[0].network.damage: unknown field `damage`
         |
-     18 |       - network: { on: recommender, to: redis, delay: { latency: 2s, jitter: 300ms }, corrupt: 5% }
-        |                                                                                       ^^^^^^^ known here: on, to, direction, share, delay, loss, partition, interface, seed
+     18 |       - network: { on: recommender, to: redis, delay: { latency: 2s, jitter: 300ms }, damage: 5% }
+        |                                                                                       ^^^^^^ known here: on, to, except, direction, share, flows, delay, loss, duplicate, corrupt, reorder, rate, partition, reset, cut, dns, interface, seed, perSegment, unprotected, sockets, side
 
     1 error in plan.yaml
     "#);

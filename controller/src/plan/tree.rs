@@ -3,7 +3,11 @@
 //! A plan is read from this tree instead of being deserialized straight into structs, because serde stops at the
 //! first error, and a person wants them all.
 
-use std::{cell::RefCell, fmt, path::Path};
+use std::{
+    cell::RefCell,
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use serde::{
     Deserialize, Deserializer,
@@ -258,7 +262,8 @@ impl<'a> At<'a> {
         None
     }
 
-    fn expected<T>(&self, expected: &str) -> Option<T> {
+    /// Notes that something else was expected here.
+    pub(super) fn expected<T>(&self, expected: &str) -> Option<T> {
         self.refuse(format!("found {}", self.value.what()), format!("expected {expected}"))
     }
 
@@ -305,6 +310,11 @@ impl<'a> At<'a> {
             },
             _ => self.expected(expected),
         }
+    }
+
+    /// A path that starts at the directory of the plan.
+    pub(super) fn beside(&self, path: &str) -> PathBuf {
+        self.source.file.parent().unwrap_or(Path::new("")).join(path)
     }
 
     pub(super) fn json(&self) -> serde_json::Value {
@@ -450,8 +460,9 @@ impl<'a> Fields<'a> {
 /// "did you mean …", where one of the known names is close enough.
 pub(super) fn did_you_mean<'k>(name: &str, known: impl IntoIterator<Item = &'k str>) -> Option<String> {
     let near = known.into_iter().map(|k| (distance(&name.to_lowercase(), &k.to_lowercase()), k)).min()?;
-    let most = (name.chars().count() / 3).clamp(1, 3);
-    (near.0 <= most).then(|| format!("did you mean `{}`?", near.1))
+    let length = name.chars().count();
+    let most = (length / 3).clamp(1, 3);
+    (near.0 <= most && near.0 < length).then(|| format!("did you mean `{}`?", near.1))
 }
 
 /// Edit distance, a swap of neighbours counting once (optimal string alignment).

@@ -4,7 +4,56 @@
 
 use std::{net::IpAddr, time::Duration};
 
+use squall_proto::v1;
+
 use super::{Address, Protocol};
+
+/// The longest time that an agent holds a packet.
+pub(crate) const LONGEST_DELAY: Duration = Duration::from_mins(1);
+/// Most entries of a distribution's table (`dist` in net/sched/sch_netem.c, Linux 6.12: 16384).
+const LONGEST_TABLE: usize = 16384;
+/// Names of DSCP code points (RFC 2474, 2597, 3246, 5865, 8622).
+const DSCP: [(&str, u32); 24] = [
+    ("default", 0),
+    ("le", 1),
+    ("cs0", 0),
+    ("cs1", 8),
+    ("cs2", 16),
+    ("cs3", 24),
+    ("cs4", 32),
+    ("cs5", 40),
+    ("cs6", 48),
+    ("cs7", 56),
+    ("af11", 10),
+    ("af12", 12),
+    ("af13", 14),
+    ("af21", 18),
+    ("af22", 20),
+    ("af23", 22),
+    ("af31", 26),
+    ("af32", 28),
+    ("af33", 30),
+    ("af41", 34),
+    ("af42", 36),
+    ("af43", 38),
+    ("va", 44),
+    ("ef", 46),
+];
+/// Names of ICMP types, each with its numbers in ICMP and ICMPv6. A type is matched in both alike, so only those are
+/// here whose number in one of them means nothing in the other.
+const ICMP: [(&str, &[u32]); 8] = [
+    ("echo-request", &[8, 128]),
+    ("echo-reply", &[0, 129]),
+    ("redirect", &[5, 137]),
+    ("packet-too-big", &[2]),
+    ("router-solicitation", &[10, 133]),
+    ("router-advertisement", &[9, 134]),
+    ("neighbor-solicitation", &[135]),
+    ("neighbor-advertisement", &[136]),
+];
+/// TCP flags by their bits.
+const TCP_FLAGS: [(&str, u32); 8] =
+    [("fin", 1), ("syn", 2), ("rst", 4), ("psh", 8), ("ack", 16), ("urg", 32), ("ece", 64), ("cwr", 128)];
 
 /// What is wrong, and what to write instead.
 pub(crate) type Wrong = (String, String);
@@ -29,6 +78,34 @@ pub(crate) fn duration(text: &str) -> Result<Duration, Wrong> {
     humantime::parse_duration(text).or_else(|_| {
         wrong(format!("`{text}` is no length of time"), "expected a number and a unit: 300ms, 2s, 5m")
     })
+}
+
+/// A time for which packets are held: a [`duration`] of at most a minute.
+pub(crate) fn held(text: &str) -> Result<Duration, Wrong> {
+    let held = duration(text)?;
+    if held > LONGEST_DELAY {
+        let message = format!("`{}` is longer than a packet can be held", text.trim());
+        return wrong(message, "expected at most 60s; a partition is longer");
+    }
+    Ok(held)
+}
+
+/// A [`share`] that is more than nothing.
+pub(crate) fn part(text: &str) -> Result<f64, Wrong> {
+    match share(text)? {
+        0.0 => wrong("zero does nothing", "give more than 0, or leave it out"),
+        part => Ok(part),
+    }
+}
+
+/// How likely a packet suffers what the one before did: a [`share`] of less than all.
+pub(crate) fn correlation(text: &str) -> Result<f64, Wrong> {
+    let correlation = share(text)?;
+    if correlation < 1.0 {
+        Ok(correlation)
+    } else {
+        wrong("a correlation of all would never leave the first decision", "give less than 100%")
+    }
 }
 
 /// A share: `5%`, `0.12%`.
@@ -109,6 +186,176 @@ pub(crate) fn size(text: &str) -> Result<u64, Wrong> {
     }
 }
 
+/// A [`size`] that is more than nothing.
+pub(crate) fn some_bytes(text: &str) -> Result<u64, Wrong> {
+    match size(text)? {
+        0 => wrong("zero does nothing", "give more than 0, or leave it out"),
+        bytes => Ok(bytes),
+    }
+}
+
+/// A rate in the units of tc, as bits a second: `10mbit`, `1gbit`; in `bps`, `kbps`, `mbps` the b is a byte, as in tc.
+pub(crate) fn bit_rate(text: &str) -> Result<u64, Wrong> {
+    const UNITS: [(&str, f64); 8] = [
+        ("kbit", 1e3),
+        ("mbit", 1e6),
+        ("gbit", 1e9),
+        ("bit", 1.0),
+        ("kbps", 8e3),
+        ("mbps", 8e6),
+        ("gbps", 8e9),
+        ("bps", 8.0),
+    ];
+    let text = text.trim();
+    if number(text).is_some() {
+        return wrong(format!("`{text}` has no unit"), format!("write {text}mbit or {text}kbit"));
+    }
+    let lower = text.to_lowercase();
+    let unit = UNITS.iter().find_map(|(unit, bits)| Some((lower.strip_suffix(unit)?, bits)));
+    match unit.and_then(|(count, bits)| Some((number(count.trim())? * bits).round() as u64)) {
+        Some(0) => wrong("zero lets nothing pass", "give more than 0; partition drops everything"),
+        Some(bits) => Ok(bits),
+        None => {
+            let fix = "expected a number and a unit: bit, kbit, mbit, gbit, or bps for bytes a second";
+            wrong(format!("`{text}` is no rate"), fix)
+        }
+    }
+}
+
+/// A DSCP code point: 0 to 63, or a name such as `ef`, `af11`, `cs1`.
+pub(crate) fn dscp(text: &str) -> Result<u32, Wrong> {
+    let name = text.trim().to_lowercase();
+    let named = DSCP.iter().find(|(known, _)| *known == name).map(|(_, point)| *point);
+    named.or_else(|| name.parse().ok().filter(|point| *point < 64)).map_or_else(
+        || {
+            wrong(
+                format!("`{text}` is no DSCP code point"),
+                "expected 0 to 63, or ef, af11 to af43, cs0 to cs7",
+            )
+        },
+        Ok,
+    )
+}
+
+/// A VLAN id, 1 to 4094, or `untagged`, which is 0.
+pub(crate) fn vlan(text: &str) -> Result<u32, Wrong> {
+    match text.trim() {
+        "untagged" => Ok(0),
+        id => match id.parse() {
+            Ok(id @ 1..=4094) => Ok(id),
+            _ => wrong(format!("`{text}` is no VLAN"), "expected 1 to 4094, or untagged"),
+        },
+    }
+}
+
+/// An ICMP type: 0 to 255, or a name, which stands for its number in ICMP and the one in ICMPv6.
+pub(crate) fn icmp(text: &str) -> Result<Vec<u32>, Wrong> {
+    let name = text.trim().to_lowercase();
+    if let Some((_, types)) = ICMP.iter().find(|(known, _)| *known == name) {
+        return Ok(types.to_vec());
+    }
+    if let Ok(kind @ 0..=255) = name.parse() {
+        return Ok(vec![kind]);
+    }
+    let known: Vec<&str> = ICMP.iter().map(|(name, _)| *name).collect();
+    wrong(format!("`{text}` is no ICMP type"), format!("expected 0 to 255, or {}", known.join(", ")))
+}
+
+/// TCP flags that are set, and those that are not: `syn,!ack`.
+pub(crate) fn tcp_flags(text: &str) -> Result<v1::TcpFlags, Wrong> {
+    let mut flags = v1::TcpFlags::default();
+    for flag in text.split(',') {
+        let name = flag.trim().to_lowercase();
+        let (name, bits) = match name.strip_prefix('!') {
+            Some(name) => (name.trim(), &mut flags.clear),
+            None => (name.as_str(), &mut flags.set),
+        };
+        let Some((_, bit)) = TCP_FLAGS.iter().find(|(known, _)| *known == name) else {
+            let fix =
+                "expected fin, syn, rst, psh, ack, urg, ece, cwr; with ! where it must not be set: syn,!ack";
+            return wrong(format!("`{name}` is no TCP flag"), fix);
+        };
+        *bits |= bit;
+    }
+    if flags.set & flags.clear != 0 {
+        return wrong(format!("`{text}` wants a flag both set and not set"), "write each flag once");
+    }
+    Ok(flags)
+}
+
+/// [`tcp_flags`] as they are written.
+pub(crate) fn tcp_flags_shown(flags: v1::TcpFlags) -> String {
+    let of = |bits: u32, sign: &'static str| {
+        TCP_FLAGS.iter().filter(move |(_, bit)| bits & bit != 0).map(move |(name, _)| format!("{sign}{name}"))
+    };
+    of(flags.set, "").chain(of(flags.clear, "!")).collect::<Vec<_>>().join(",")
+}
+
+/// A host name: `redis.internal`.
+pub(crate) fn host(text: &str) -> Result<String, Wrong> {
+    let name = text.trim();
+    if name.parse::<IpAddr>().is_ok() {
+        return wrong(format!("`{name}` is an address, not a name"), "name it by its CIDR, not as a host");
+    }
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let labels = name.strip_suffix('.').unwrap_or(name);
+    // A resolver takes a last label of digits for a part of an address.
+    let number = |label: &str| label.chars().all(|c| c.is_ascii_digit());
+    if labels.len() > 253 || !labels.split('.').all(label) || labels.rsplit('.').next().is_some_and(number) {
+        return wrong(format!("`{name}` is no host name"), "expected a name such as redis.internal");
+    }
+    Ok(name.to_owned())
+}
+
+/// What a DNS query asks for: `api.example.com`, or `*.example.com` for everything below it.
+pub(crate) fn dns_name(text: &str) -> Result<String, Wrong> {
+    let name = text.trim();
+    match host(name.strip_prefix("*.").unwrap_or(name)) {
+        Ok(_) => Ok(name.to_owned()),
+        Err(_) => wrong(format!("`{name}` is no DNS name"), "expected api.example.com or *.example.com"),
+    }
+}
+
+/// An address on its own: `10.0.0.9`, `fd00::9`.
+pub(crate) fn ip(text: &str) -> Result<String, Wrong> {
+    match text.trim().parse::<IpAddr>() {
+        Ok(ip) => Ok(ip.to_string()),
+        Err(_) => wrong(format!("`{text}` is no address"), "expected 10.0.0.9 or fd00::9"),
+    }
+}
+
+/// A distribution's table in the form of netem's `.dist` files: whole numbers, and comments from `#` to the end of a
+/// line. An error comes with its line, from 1.
+pub(crate) fn table(text: &str) -> Result<Vec<i32>, (usize, Wrong)> {
+    let mut table = Vec::new();
+    let mut last = 1;
+    for (line, entries) in (1..).zip(text.lines()) {
+        last = line;
+        let entries = entries.split('#').next().unwrap_or_default();
+        for entry in entries.split_whitespace() {
+            // netem keeps them in 16 bits (`struct disttable` in net/sched/sch_netem.c, Linux 6.12).
+            let Ok(value) = entry.parse::<i16>() else {
+                let fix = "expected whole numbers from -32768 to 32767, where 8192 is one jitter";
+                return Err((line, (format!("`{entry}` is no entry of a table"), fix.into())));
+            };
+            if table.len() == LONGEST_TABLE {
+                let fix = format!("expected at most {LONGEST_TABLE} entries");
+                return Err((line, ("the table is too long".into(), fix)));
+            }
+            table.push(value.into());
+        }
+    }
+    if table.is_empty() {
+        return Err((last, ("the table is empty".into(), "expected 1 to 16384 whole numbers".into())));
+    }
+    Ok(table)
+}
+
 /// One port or a range: `6379`, `8000-8010`.
 pub(crate) fn ports(text: &str) -> Result<(u16, u16), Wrong> {
     let port = |p: &str| p.trim().parse::<u16>().ok().filter(|p| *p > 0);
@@ -151,14 +398,7 @@ pub(crate) fn protocol(text: &str) -> Result<Protocol, Wrong> {
 pub(crate) fn address(text: &str) -> Result<Address, Wrong> {
     let fix = "expected CIDR[:PORT][/PROTOCOL]: 10.0.0.7/32:6379/tcp, [fd00::/64]:6379, *:53/udp";
     let full = text.trim();
-    let (rest, of) = match full.rsplit_once('/') {
-        Some((rest, last))
-            if last.starts_with(|c: char| c.is_ascii_alphabetic()) && !last.contains([':', ']']) =>
-        {
-            (rest, protocol(last)?)
-        }
-        _ => (full, Protocol::Any),
-    };
+    let (rest, of) = split_protocol(full)?;
     let (host, port) = if let Some(inner) = rest.strip_prefix('[') {
         let Some((host, after)) = inner.split_once(']') else {
             return wrong(format!("`{full}` has no closing bracket"), fix);
@@ -174,7 +414,27 @@ pub(crate) fn address(text: &str) -> Result<Address, Wrong> {
         host => vec![cidr(host).or_else(|_| wrong(format!("`{full}` is no address"), fix))?],
     };
     let ports = port.map(ports).transpose()?.into_iter().collect();
-    Ok(Address { cidrs, ports, local_ports: vec![], protocol: of })
+    Ok(Address { cidrs, ports, protocol: of, ..Address::default() })
+}
+
+/// The far side by its name: `redis.internal:6379/tcp`, `redis.internal`.
+pub(crate) fn named_address(text: &str) -> Result<Address, Wrong> {
+    let (rest, protocol) = split_protocol(text.trim())?;
+    let (name, port) = rest.split_once(':').map_or((rest, None), |(name, port)| (name, Some(port)));
+    let ports = port.map(ports).transpose()?.into_iter().collect();
+    Ok(Address { hosts: vec![host(name)?], ports, protocol, ..Address::default() })
+}
+
+/// What is before `/tcp`, and that.
+fn split_protocol(text: &str) -> Result<(&str, Protocol), Wrong> {
+    match text.rsplit_once('/') {
+        Some((rest, last))
+            if last.starts_with(|c: char| c.is_ascii_alphabetic()) && !last.contains([':', ']']) =>
+        {
+            Ok((rest, protocol(last)?))
+        }
+        _ => Ok((text, Protocol::Any)),
+    }
 }
 
 /// The percentile that a key such as `p95` or `p99.9` names, as a ratio.
@@ -231,6 +491,70 @@ mod tests {
         assert_eq!(size("100B"), Ok(100));
         assert_eq!(size("64").expect_err("no unit").1, "write 64MiB or 64B");
         assert!(size("64MiBs").is_err());
+    }
+
+    #[rstest::rstest]
+    #[case("800bit", 800)]
+    #[case("1.5 kbit", 1500)]
+    #[case("10Mbit", 10_000_000)]
+    #[case("1gbit", 1_000_000_000)]
+    #[case("100bps", 800)]
+    #[case("1kbps", 8000)]
+    #[case("2mbps", 16_000_000)]
+    #[case("1gbps", 8_000_000_000)]
+    fn rates_are_those_of_tc(#[case] text: &str, #[case] bits: u64) {
+        assert_eq!(bit_rate(text), Ok(bits));
+    }
+
+    #[test]
+    fn times_for_which_packets_are_held() {
+        assert_eq!(held("60s"), Ok(LONGEST_DELAY));
+        assert!(held("60001ms").is_err());
+        assert_eq!(held("2").expect_err("no unit").1, "write 2ms or 2s");
+    }
+
+    #[test]
+    fn names_of_numbers() {
+        assert_eq!([dscp("EF"), dscp("0"), dscp("63"), dscp("af43")], [Ok(46), Ok(0), Ok(63), Ok(38)]);
+        assert_eq!([vlan("untagged"), vlan("1"), vlan("4094")], [Ok(0), Ok(1), Ok(4094)]);
+        assert_eq!(
+            [icmp("0"), icmp("255"), icmp("echo-reply")],
+            [Ok(vec![0]), Ok(vec![255]), Ok(vec![0, 129])]
+        );
+        let flags = tcp_flags(" SYN, ! ack,!rst").expect("valid");
+        assert_eq!((flags.set, flags.clear), (2, 20));
+        assert_eq!(tcp_flags_shown(flags), "syn,!rst,!ack");
+        for bad in ["", "syn,", "!"] {
+            assert!(tcp_flags(bad).is_err(), "{bad}");
+        }
+        // All of Assured Forwarding (RFC 2597): class times 8, and twice the drop precedence.
+        for (class, drop) in (1..=4).flat_map(|class| (1..=3).map(move |drop| (class, drop))) {
+            assert_eq!(dscp(&format!("af{class}{drop}")), Ok(8 * class + 2 * drop));
+        }
+    }
+
+    #[test]
+    fn names_of_hosts() {
+        for good in ["redis", "redis.internal.", "_sip._tcp.a-b.c", "0x.de", "1.2.3.a"] {
+            assert_eq!(host(good).as_deref(), Ok(good));
+        }
+        for bad in ["", ".", "a..b", "a b", "*.a", "fd00::1", "10.0.0.7", &"a".repeat(64), &"a.".repeat(128)]
+        {
+            assert!(host(bad).is_err(), "{bad}");
+        }
+        assert_eq!(dns_name("*.example.com").as_deref(), Ok("*.example.com"));
+        for bad in ["*", "*.", "a.*.b", "*example.com"] {
+            assert!(dns_name(bad).is_err(), "{bad}");
+        }
+        let named = named_address("redis.b:6379-6380/tcp").expect("valid");
+        assert_eq!((named.hosts, named.ports), (vec!["redis.b".to_owned()], vec![(6379, 6380)]));
+    }
+
+    #[test]
+    fn the_tables_that_tc_brings() {
+        for line in ["1 2\n3\t-4 # 5", "# 0\n1 2 3 -4\n", "1\n\n2\n3\n-4"] {
+            assert_eq!(table(line), Ok(vec![1, 2, 3, -4]));
+        }
     }
 
     #[test]

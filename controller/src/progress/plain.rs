@@ -95,8 +95,12 @@ impl Plain {
             What::Injected { injection, .. } => {
                 let on = format!("{} on {}", injection.resolved, injection.node);
                 let ends = figure::clock(injection.ends);
+                let seed = match injection.seed {
+                    0 => String::new(),
+                    seed => format!(", seed {seed}"),
+                };
                 let mut lines = vec![format!(
-                    "injected {}: {}; ends by itself at {ends} (id {})",
+                    "injected {}: {}; ends by itself at {ends} (id {}{seed})",
                     on, injection.summary, injection.id
                 )];
                 lines.extend(injection.warnings.iter().map(|w| format!("! {}: {w}", injection.id)));
@@ -105,8 +109,7 @@ impl Plain {
             What::Effect { id, node, bit: true, figures }
                 if self.biting.insert((id.clone(), node.clone())) =>
             {
-                let figures: Vec<_> = figures.iter().map(figure::effect).collect();
-                vec![format!("biting {id} on {node}: {}", figures.join(", "))]
+                vec![format!("biting {id} on {node}: {}", figure::effects(figures))]
             }
             What::Reverted { id, node, took, reason } => {
                 vec![format!("reverted {id} on {node} in {} ({reason})", figure::seconds(*took))]

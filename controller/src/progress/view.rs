@@ -198,7 +198,7 @@ fn effect(injected: &Injected, now: f64) -> Line {
             parts.push(format!("ends in {}", figure::span((injection.ends - now).max(0.0).ceil())));
         }
     }
-    parts.extend(injected.figures.iter().map(brief));
+    parts.extend(figure::effects_as(&injected.figures, brief));
     line.and("", parts.join(" · "))
 }
 

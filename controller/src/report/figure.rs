@@ -127,13 +127,49 @@ pub(crate) fn kills(n: f64) -> String {
     format!("{} {}", count(n), if (n - 1.0).abs() < f64::EPSILON { "kill" } else { "kills" })
 }
 
+/// The measures of an effect in one line: `1 204 packets dropped, delay p50 2.01s p99 2.28s, TCP RTT 41ms → 2.05s`.
+#[must_use]
+pub(crate) fn effects(figures: &[Figure]) -> String {
+    effects_as(figures, effect).join(", ")
+}
+
+/// The measures of an effect, those that belong together as one, each other one as `alone` says it.
+#[must_use]
+pub(crate) fn effects_as(figures: &[Figure], alone: impl Fn(&Figure) -> String) -> Vec<String> {
+    let find = |name: &str| figures.iter().find(|f| f.name == name);
+    let mut parts: Vec<String> = Vec::new();
+    for figure in figures {
+        match figure.name.as_str() {
+            name if name.starts_with("delay_p") => {
+                let quantile = format!("p{} {}", &name["delay_p".len()..], value(figure.value, &figure.unit));
+                match parts.iter_mut().find(|part| part.starts_with("delay p")) {
+                    Some(part) => *part += &format!(" {quantile}"),
+                    None => parts.push(format!("delay {quantile}")),
+                }
+            }
+            "tcp_rtt_before" if find("tcp_rtt").is_some() => {}
+            "tcp_rtt" => {
+                let before = find("tcp_rtt_before").map(|f| format!("{} → ", value(f.value, &f.unit)));
+                let now = value(figure.value, &figure.unit);
+                parts.push(format!("TCP RTT {}{now}", before.unwrap_or_default()));
+            }
+            _ => parts.push(alone(figure)),
+        }
+    }
+    parts
+}
+
 /// A measure of an effect: `1 204 packets dropped`, `cpu usage 89.9%`.
 #[must_use]
 pub(crate) fn effect(figure: &Figure) -> String {
     let name = figure.name.replace('_', " ");
-    match figure.unit.as_str() {
-        "packets" => format!("{} packets {name}", count(figure.value)),
-        _ => format!("{name} {}", value(figure.value, &figure.unit)),
+    match (figure.name.as_str(), figure.unit.as_str()) {
+        ("tcp_rtt_before", unit) => format!("TCP RTT before {}", value(figure.value, unit)),
+        ("bytes", "bytes") => format!("{} matched", bytes(figure.value)),
+        // Packets that the stack cuts into several are matched once.
+        ("segments", _) => several(figure.value as usize, "segment"),
+        (_, "packets") => format!("{} {name}", several(figure.value as usize, "packet")),
+        (_, unit) => format!("{name} {}", value(figure.value, unit)),
     }
 }
 
@@ -251,6 +287,37 @@ mod tests {
         assert_eq!(interval((Some(3.0), None), Some(3.0), "seconds"), "≥ 3s");
         assert_eq!(interval((Some(3.0), Some(f64::INFINITY)), Some(3.0), "seconds"), "[3, ∞]");
         assert_eq!(interval((Some(0.8), Some(0.9)), None, "seconds"), "[800ms, 900ms]");
+    }
+
+    #[test]
+    fn effects_are_one_line() {
+        let figure =
+            |(name, value, unit): (&str, f64, &str)| Figure { name: name.into(), value, unit: unit.into() };
+        let all = [
+            ("matched", 4_812.0, "packets"),
+            ("segments", 9_000.0, "packets"),
+            ("dropped", 0.0, "packets"),
+            ("delayed", 4_571.0, "packets"),
+            ("duplicated", 1.0, "packets"),
+            ("corrupted", 2.0, "packets"),
+            ("reordered", 3.0, "packets"),
+            ("refused", 4.0, "packets"),
+            ("reset", 5.0, "packets"),
+            ("answered", 6.0, "packets"),
+            ("bytes", 5_242_880.0, "bytes"),
+            ("failed", 7.0, "packets"),
+            ("delay_p50", 2.01, "seconds"),
+            ("delay_p90", 2.2, "seconds"),
+            ("delay_p99", 2.28, "seconds"),
+            ("tcp_rtt_before", 0.0004, "seconds"),
+            ("tcp_rtt", 4.02, "seconds"),
+        ];
+        insta::assert_snapshot!(effects(&all.map(figure)), @"4 812 packets matched, 9 000 segments, 0 packets dropped, 4 571 packets delayed, 1 packet duplicated, 2 packets corrupted, 3 packets reordered, 4 packets refused, 5 packets reset, 6 packets answered, 5 MiB matched, 7 packets failed, delay p50 2.01s p90 2.2s p99 2.28s, TCP RTT 400µs → 4.02s");
+        assert_eq!(effects(&[figure(("tcp_rtt", 4.02, "seconds"))]), "TCP RTT 4.02s");
+        assert_eq!(effects(&[figure(("tcp_rtt_before", 0.0004, "seconds"))]), "TCP RTT before 400µs");
+        assert_eq!(effects(&[figure(("cpu_usage", 0.899, "ratio"))]), "cpu usage 89.9%");
+        assert_eq!(effects(&[figure(("first_match", 0.012, "seconds"))]), "first match 12ms");
+        assert_eq!(effects(&[]), "");
     }
 
     #[test]

@@ -385,7 +385,7 @@ struct InjectionRow {
 impl InjectionRow {
     fn of(run: &Run, injected: &Injected) -> Self {
         let injection = &injected.injection;
-        let figures: Vec<String> = injected.figures.iter().map(figure::effect).collect();
+        let figures = figure::effects(&injected.figures);
         let reverted = match (&injected.stuck, &injected.reverted) {
             (Some(why), _) => format!("stuck: {why}; the agent keeps trying"),
             (None, Some((_, took, reason))) => format!("in {}, {reason}", figure::seconds(*took)),
@@ -402,7 +402,7 @@ impl InjectionRow {
             node: injection.node.clone(),
             target: injection.resolved.clone(),
             asked: injection.summary.clone(),
-            measured: if figures.is_empty() { "nothing measured".into() } else { figures.join(", ") },
+            measured: if figures.is_empty() { "nothing measured".into() } else { figures },
             state: state(injected),
             mechanism: injection.mechanism.clone(),
             seed: if injection.seed == 0 { "–".into() } else { injection.seed.to_string() },
@@ -463,6 +463,7 @@ mod tests {
     fn the_page_is_well_formed_and_loads_nothing() {
         let page = sample_html();
         balanced(&page);
+        assert!(page.contains("delay p50 2.01s p90 2.24s p99 2.3s, TCP RTT 400µs → 4.02s"));
         for refused in [
             "<script",
             "src=",

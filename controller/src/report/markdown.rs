@@ -51,13 +51,17 @@ pub(crate) fn markdown(run: &Run) -> String {
         let tally = Tally::of_round(round);
         let mut did = String::new();
         for injected in run.injections.iter().filter(|x| x.round == Some(i)) {
-            let figures: Vec<_> = injected.figures.iter().map(figure::effect).collect();
+            let figures = figure::effects(&injected.figures);
+            let seed = match injected.injection.seed {
+                0 => String::new(),
+                seed => format!(", seed {seed}"),
+            };
             let (what, node) = (plain(&injected.injection.summary), plain(&injected.injection.node));
             let gap = if did.is_empty() { "" } else { "<br>" };
             // Writing to a string does not fail.
-            let _ = write!(did, "{gap}{what} ({node}): {}", state(injected).word);
+            let _ = write!(did, "{gap}{what} ({node}{seed}): {}", state(injected).word);
             if !figures.is_empty() {
-                let _ = write!(did, ", {}", plain(&figures.join(", ")));
+                let _ = write!(did, ", {}", plain(&figures));
             }
         }
         let name = plain(&round.outline.name);

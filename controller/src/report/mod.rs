@@ -19,7 +19,7 @@ pub(crate) use markdown::markdown;
 pub(crate) use text::{evidence, verdict_text};
 
 use crate::{
-    event::{Finding, GateOutline, Outcome, Verdict},
+    event::{Figure, Finding, GateOutline, Outcome, Verdict},
     fold::{Injected, Round, Run},
 };
 
@@ -151,17 +151,14 @@ impl Tally {
 
 /// What all faults did together, by measure, packets first: `48 211 packets dropped`.
 pub(crate) fn bites(run: &Run) -> Vec<String> {
-    let mut packets: Vec<(String, f64)> = Vec::new();
+    let mut packets: Vec<Figure> = Vec::new();
     for figure in run.injections.iter().flat_map(|i| &i.figures).filter(|f| f.unit == "packets") {
-        match packets.iter_mut().find(|(name, _)| *name == figure.name) {
-            Some((_, sum)) => *sum += figure.value,
-            None => packets.push((figure.name.clone(), figure.value)),
+        match packets.iter_mut().find(|sum| sum.name == figure.name) {
+            Some(sum) => sum.value += figure.value,
+            None => packets.push(figure.clone()),
         }
     }
-    packets
-        .into_iter()
-        .map(|(name, n)| format!("{} packets {}", figure::count(n), name.replace('_', " ")))
-        .collect()
+    packets.iter().map(figure::effect).collect()
 }
 
 /// The last word on the hosts, as a sentence.
