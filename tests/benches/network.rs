@@ -286,8 +286,8 @@ impl Pairs {
 
 async fn throughput(bench: &Bench, duel: &mut Duel, name: &str, flows: u32, ms: u64) -> Result<Vec<Row>> {
     let sides = [Side::ours(delay(ms)), Side::Netem(format!("delay {ms}ms limit 100000"))];
-    let seconds = bench.seconds(8);
-    let all = in_turns(duel, [&sides[0], &sides[1]], bench.rounds(4), |lab| {
+    let seconds = bench.seconds(6);
+    let all = in_turns(duel, [&sides[0], &sides[1]], bench.rounds(3), |lab| {
         Ok(lab.near.streams(&lab.far, FAR, seconds, flows)?.bits_per_second / 1e6)
     });
     let pairs = Pairs::new(&all.await?, f64::max);
@@ -304,7 +304,7 @@ async fn retransmits(bench: &Bench, duel: &mut Duel, name: &str, percent: f64) -
         Side::ours(loss(Loss { ratio: percent / 100.0, ..Loss::default() })),
         Side::Netem(format!("loss {percent}% limit 100000")),
     ];
-    let seconds = bench.seconds(9);
+    let seconds = bench.seconds(6);
     let all = in_turns(duel, [&sides[0], &sides[1]], bench.rounds(4), |lab| {
         lab.near.stream(&lab.far, FAR, seconds)
     });
@@ -416,7 +416,6 @@ fn chain_rows(name: &str, chain: Chain, ours: &Seen, theirs: Option<&Seen>) -> V
     let runs = Runs::of(&ours.lost());
     let theirs = theirs.map(|seen| Runs::of(&seen.lost()));
     let share = Z99 * chain.deviation(runs.total) * 100.0;
-    let (length, error) = runs.length();
     vec![
         Row {
             name: format!("{name}: rate"),
@@ -429,9 +428,9 @@ fn chain_rows(name: &str, chain: Chain, ours: &Seen, theirs: Option<&Seen>) -> V
         Row {
             name: format!("{name}: run length"),
             unit: "packets",
-            ours: length,
+            ours: runs.length().0,
             peer: theirs.map(|theirs| theirs.length().0),
-            limit: format!("{:.3} ± {:.3}", chain.run_length(), Z99 * error),
+            limit: format!("{:.3} ± {:.3}", chain.run_length(), chain.run_width(&runs)),
             ok: chain.fits_runs(&runs),
         },
     ]
@@ -681,7 +680,7 @@ async fn neighbour(
 async fn neighbour_throughput(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
     let seconds = bench.seconds(5);
     let measure = |lab: &Lab| Ok(lab.near.stream(&lab.far, FAR, seconds)?.bits_per_second / 1e6);
-    let pairs = Pairs::new(&neighbour(duel, bench.rounds(8), measure).await?, f64::max);
+    let pairs = Pairs::new(&neighbour(duel, bench.rounds(6), measure).await?, f64::max);
     Ok(vec![pairs.row("neighbour: throughput", "Mbit/s", "within 2 %", |ratio| ratio >= 0.98)])
 }
 
@@ -691,7 +690,7 @@ async fn neighbour_rtt(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
         let times = round_trips(&lab.near, &lab.far, FAR, PORT, count)?;
         Ok(quantile(&times, 0.99) * 1e3)
     };
-    let pairs = Pairs::new(&neighbour(duel, bench.rounds(8), measure).await?, f64::min);
+    let pairs = Pairs::new(&neighbour(duel, bench.rounds(6), measure).await?, f64::min);
     Ok(vec![pairs.row("neighbour: p99 RTT", "µs", "within 2 %", |ratio| ratio <= 1.02)])
 }
 

@@ -203,11 +203,19 @@ impl Chain {
         (runs.rate() - self.rate()).abs() <= Z99 * self.deviation(runs.total)
     }
 
+    /// Half the width of the 99 % interval of the mean length of a run, for so many runs: from their own spread, or from
+    /// that of runs that go on with the same probability each time, whichever is wider.
+    #[must_use]
+    pub fn run_width(&self, runs: &Runs) -> f64 {
+        let length = self.run_length();
+        let geometric = (length * (length - 1.0) / runs.lengths.len() as f64).sqrt();
+        Z99 * runs.length().1.max(geometric)
+    }
+
     /// Whether the mean length of a run is inside its 99 % interval.
     #[must_use]
     pub fn fits_runs(&self, runs: &Runs) -> bool {
-        let (mean, error) = runs.length();
-        (mean - self.run_length()).abs() <= Z99 * error
+        (runs.length().0 - self.run_length()).abs() <= self.run_width(runs)
     }
 }
 
