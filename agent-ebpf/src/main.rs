@@ -342,12 +342,13 @@ impl Place<'_> {
             return NEXT;
         }
         let Some(lane) = self.open(Lane::Hold) else { return NEXT };
-        if self.table.line.load() == 0 || matches!(self.hook, Direction::Ingress) {
+        if self.table.line.load() == 0 {
             self.rule.delayed.add(1);
-            return self.detour(lane, self.order(), fate.due, now);
+            return self.detour(lane, Job::Send as u64, fate.due, now);
         }
-        // The packet belongs to its socket until it leaves the queue, and TCP allows only a few there (TCP Small Queues).
-        // A clone has no owner: delay one, and lose the original without a word.
+        // The packet belongs to its socket until it leaves the queue, and TCP allows only a few there (TCP Small Queues);
+        // over a veth pair that is so where it arrives, too. A clone has no owner: delay one, and lose the original
+        // without a word.
         self.note(self.order(), fate.due, now);
         if self.skb.clone_redirect(lane, false) {
             self.rule.delayed.add(1);

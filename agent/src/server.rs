@@ -37,7 +37,10 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Server {
     /// A server over an engine. Finds out what works on this node.
     pub async fn new(engine: Engine) -> Self {
-        let faults = join_all(KINDS.iter().map(Kind::describe)).await;
+        let mut faults = join_all(KINDS.iter().map(Kind::describe)).await;
+        for fault in &mut faults {
+            fault.reason = fitting(std::mem::take(&mut fault.reason));
+        }
         Self { engine, faults }
     }
 
@@ -219,8 +222,24 @@ fn missing(field: &str) -> Status {
     refused(Invalid::new(field, "", "missing", format!("give a {field}")).into())
 }
 
+/// Longest text of an error, characters. It travels in a header, and those have limits (16 KiB in hyper).
+const LONGEST_TEXT: usize = 3000;
+
+/// A text that fits: its beginning and its end, where the verifier says what it does not like. The whole goes to the log.
+fn fitting(text: String) -> String {
+    let length = text.chars().count();
+    if length <= LONGEST_TEXT {
+        return text;
+    }
+    tracing::warn!("a long error: {text}");
+    let half = LONGEST_TEXT / 2;
+    let (head, tail): (String, String) =
+        (text.chars().take(half).collect(), text.chars().skip(length - half).collect());
+    format!("{head} […] {tail}")
+}
+
 fn refused(error: EngineError) -> Status {
-    let message = error.to_string();
+    let message = fitting(error.to_string());
     match error {
         EngineError::Invalid(_) => Status::invalid_argument(message),
         EngineError::Conflict(_) => Status::already_exists(message),

@@ -558,7 +558,16 @@ fn plan_interface(
             Holder::Line => {
                 undo.line = true;
                 let ends = line::names(interface.index, outside).join(" and ");
-                planned.changes.push(format!("{name}: a veth pair {ends} beside it; undo: remove it"));
+                let room = line::room(spec.longest());
+                planned
+                    .changes
+                    .push(format!("{name}: a veth pair {ends} beside it, with room for {room} packets; undo: remove it"));
+                let most = f64::from(room) / spec.longest().as_secs_f64();
+                if most < f64::from(line::PACKETS_A_SECOND) * 0.999 {
+                    planned.warnings.push(format!(
+                        "{name}: so long a delay has room for {most:.0} packets a second; more are lost"
+                    ));
+                }
             }
             Holder::Tap => {
                 planned.changes.push(format!("{name}: TAP devices squall*; end with the agent"));

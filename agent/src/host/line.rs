@@ -4,9 +4,22 @@
 //! The interface itself keeps its qdiscs. The pair needs no process: when the agent dies, packets still come through. It
 //! stays until it is removed, and is found by its name.
 
+use std::time::Duration;
+
 use anyhow::Result;
 
 use super::tc::Netlink;
+
+/// Packets a second for which a line has room. A packet may be a GSO packet of 64 KiB.
+pub const PACKETS_A_SECOND: u32 = 100_000;
+/// The least and the most packets for which a line has room: the kernel's memory is everybody's.
+const ROOM: std::ops::RangeInclusive<u32> = 10_000..=400_000;
+
+/// For how many packets a line has room that holds them for so long.
+#[must_use]
+pub fn room(longest: Duration) -> u32 {
+    ((longest.as_secs_f64() * f64::from(PACKETS_A_SECOND)) as u32).clamp(*ROOM.start(), *ROOM.end())
+}
 
 /// The line of one interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,17 +38,20 @@ pub fn names(interface: u32, outside: bool) -> [String; 2] {
 
 impl Line {
     /// Makes the line of an interface in the calling thread's network namespace. What a dead agent left there goes first.
-    pub fn create(netlink: &mut Netlink, interface: u32, outside: bool) -> Result<Self> {
+    pub fn create(netlink: &mut Netlink, interface: u32, outside: bool, longest: Duration) -> Result<Self> {
         Self::remove(netlink, interface, outside)?;
         let names = names(interface, outside);
-        let ends = netlink.add_veth([&names[0], &names[1]])?;
-        for end in ends {
-            if let Err(error) = netlink.set_root_fq(end) {
-                netlink.remove_link(ends[0])?;
-                return Err(error);
-            }
+        let line = Self { ends: netlink.add_veth([&names[0], &names[1]])? };
+        if let Err(error) = line.resize(netlink, longest) {
+            netlink.remove_link(line.ends[0])?;
+            return Err(error);
         }
-        Ok(Self { ends })
+        Ok(line)
+    }
+
+    /// Makes room for packets that are held for so long. What is in the line stays.
+    pub fn resize(&self, netlink: &mut Netlink, longest: Duration) -> Result<()> {
+        self.ends.iter().try_for_each(|&end| netlink.set_root_fq(end, room(longest)))
     }
 
     /// Packets that are on their way.
@@ -61,6 +77,13 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_is_room_for_what_is_held_and_no_more_than_is_sane() {
+        assert_eq!(room(Duration::from_millis(1)), 10_000);
+        assert_eq!(room(Duration::from_secs(1)), 100_000);
+        assert_eq!(room(Duration::from_mins(1)), 400_000);
+    }
 
     #[test]
     fn names_fit_and_differ() {

@@ -74,7 +74,7 @@ impl Support {
                     Hook::Clsact
                 }
             };
-            let line = Line::create(&mut netlink, LOOPBACK, false)
+            let line = Line::create(&mut netlink, LOOPBACK, false, Duration::ZERO)
                 .and_then(|line| attach_line(&mut programs, &mut netlink, &line, LOOPBACK, false, hook));
             let no_line = line.err().map(|e| format!("{:#}", e.root_cause()));
             let tap = [true, false].into_iter().try_for_each(|whole| {
@@ -177,11 +177,13 @@ impl Spec {
         self.holds() || self.works() || self.segments()
     }
 
-    /// The longest time for which a packet is held, nanoseconds.
-    fn longest(&self) -> u64 {
+    /// The longest time for which a packet is held.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
         // A table's entries reach four jitters.
         let delay = self.action.latency + 4 * self.action.jitter;
-        delay + self.action.backlog + self.dns.as_ref().map_or(0, |dns| dns.delay.as_nanos() as u64)
+        let held = Duration::from_nanos(delay + self.action.backlog);
+        held + self.dns.as_ref().map_or(Duration::ZERO, |dns| dns.delay)
     }
 
     fn passes(&self, way: Direction) -> bool {
@@ -705,7 +707,7 @@ impl Port {
 
     /// Attaches what a rule needs, and sets up its detours.
     fn prepare(&mut self, spec: &Spec) -> Result<()> {
-        self.longest = self.longest.max(Duration::from_nanos(spec.longest()));
+        self.longest = self.longest.max(spec.longest());
         let netns = Arc::clone(&self.netns);
         netns.run(|| {
             let mut netlink = Netlink::open()?;
@@ -746,11 +748,11 @@ impl Port {
         if self.support.holder(&self.interface)? == Holder::Tap {
             return self.tap(netlink, Lane::Hold, hook, true);
         }
-        if self.line.is_some() {
-            return Ok(());
+        if let Some(line) = self.line {
+            return line.resize(netlink, self.longest);
         }
         let (index, outside) = (self.interface.index, self.outside);
-        let line = Line::create(netlink, index, outside)?;
+        let line = Line::create(netlink, index, outside, self.longest)?;
         // From here on it is ours to remove.
         self.line = Some(line);
         attach_line(&mut self.programs, netlink, &line, index, outside, self.support.hook)?;

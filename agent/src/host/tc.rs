@@ -191,12 +191,13 @@ impl Netlink {
         Ok(!replies.is_empty())
     }
 
-    /// Makes an `sch_fq` that keeps departure times the root qdisc of an interface of our own.
-    pub fn set_root_fq(&mut self, index: u32) -> Result<()> {
+    /// Makes an `sch_fq` that keeps departure times and as many packets the root qdisc of an interface of our own; where it is
+    /// that already, changes its limit.
+    pub fn set_root_fq(&mut self, index: u32, packets: u32) -> Result<()> {
         let mut message = TcMessage::with_index(index as i32);
         message.header.parent = TcHandle::ROOT;
         message.attributes.push(TcAttribute::Kind("fq".to_owned()));
-        message.attributes.push(TcAttribute::Options(fq_options()));
+        message.attributes.push(TcAttribute::Options(fq_options(packets)));
         self.call(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
             .with_context(|| format!("making sch_fq the root qdisc of interface {index}"))?;
         Ok(())
@@ -262,7 +263,7 @@ fn clsact(index: u32) -> TcMessage {
 
 /// Options of `sch_fq` (`linux/pkt_sched.h`, `TCA_FQ_*`): room for everything a delay holds back, a horizon beyond the longest
 /// delay, and no pacing of packets that are none of ours.
-fn fq_options() -> Vec<TcOption> {
+fn fq_options(packets: u32) -> Vec<TcOption> {
     const PLIMIT: u16 = 1;
     const FLOW_PLIMIT: u16 = 2;
     const RATE_ENABLE: u16 = 5;
@@ -273,8 +274,8 @@ fn fq_options() -> Vec<TcOption> {
     const HORIZON_DROP: u16 = 15;
     let number = |kind: u16, value: u32| TcOption::Other(DefaultNla::new(kind, value.to_ne_bytes().to_vec()));
     vec![
-        number(PLIMIT, 1_000_000),
-        number(FLOW_PLIMIT, 1_000_000),
+        number(PLIMIT, packets),
+        number(FLOW_PLIMIT, packets),
         number(RATE_ENABLE, 0),
         number(BUCKETS_LOG, 14),
         number(ORPHAN_MASK, 0xffff),
