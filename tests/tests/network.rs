@@ -111,7 +111,11 @@ fn delay(latency_ns: u64, direction: Direction) -> NetworkFault {
 }
 
 fn loss(ratio: f64, direction: Direction) -> NetworkFault {
-    NetworkFault { direction: direction.into(), loss: Some(Loss { ratio, ..Loss::default() }), ..NetworkFault::default() }
+    NetworkFault {
+        direction: direction.into(),
+        loss: Some(Loss { ratio, ..Loss::default() }),
+        ..NetworkFault::default()
+    }
 }
 
 fn partition(direction: Direction, peers: &[&str]) -> NetworkFault {
@@ -361,7 +365,10 @@ async fn what_is_wrong_is_refused_before_anything_changes() -> Result<()> {
         (loss(1.3, Direction::Both), "network.loss.ratio"),
         (with(|f| f.share = -0.1), "network.share"),
         (delay(61 * SECOND, Direction::Both), "network.delay.latency"),
-        (with(|f| f.delay = Some(Delay { latency_ns: MS, jitter_ns: 2 * MS, ..Delay::default() })), "network.delay.jitter"),
+        (
+            with(|f| f.delay = Some(Delay { latency_ns: MS, jitter_ns: 2 * MS, ..Delay::default() })),
+            "network.delay.jitter",
+        ),
         (NetworkFault::default(), "nothing"),
         (with(|f| f.peers = vec![Peer { cidrs: vec!["10.0.0.0/40".into()], ..Peer::default() }]), "cidrs[0]"),
         (

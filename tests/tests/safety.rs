@@ -54,7 +54,8 @@ impl Network {
     }
 
     fn loss() -> Result<Self> {
-        let fault = NetworkFault { loss: Some(Loss { ratio: 0.5, ..Loss::default() }), ..NetworkFault::default() };
+        let fault =
+            NetworkFault { loss: Some(Loss { ratio: 0.5, ..Loss::default() }), ..NetworkFault::default() };
         // Both ways: a quarter of the pings is answered.
         Self::new(fault, (0.4, 0.95), (0.0, 50.0))
     }

@@ -1,8 +1,9 @@
 //! The binaries.
 
-use std::{env, path::PathBuf};
+use std::{env, ffi::OsStr, path::PathBuf, process::Stdio};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use crate::{target_dir, tools};
 
@@ -18,6 +19,27 @@ pub(crate) fn release() -> Result<PathBuf> {
     let packages = BINARIES.iter().flat_map(|package| ["--package", package]);
     tools::show(&mut tools::cargo(["build", "--release", "--locked"].into_iter().chain(packages)))?;
     check(target_dir().join("release"))
+}
+
+/// Runs a cargo command that builds executables; returns the name and path of each.
+pub(crate) fn executables<S: AsRef<OsStr>>(
+    args: impl IntoIterator<Item = S>,
+) -> Result<Vec<(String, PathBuf)>> {
+    let mut command = tools::cargo(args);
+    command.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
+    let output = command.output().context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("{} failed", tools::line(&command));
+    }
+    let mut found = Vec::new();
+    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let message: Value = serde_json::from_slice(line)?;
+        let field = |path: &str| message.pointer(path).and_then(Value::as_str).map(ToOwned::to_owned);
+        if let (Some(path), Some(name)) = (field("/executable"), field("/target/name")) {
+            found.push((name, path.into()));
+        }
+    }
+    Ok(found)
 }
 
 fn check(dir: PathBuf) -> Result<PathBuf> {

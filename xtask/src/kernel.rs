@@ -12,6 +12,12 @@ use squall_lab::{output, stdout};
 
 use crate::{setup, target_dir, tools};
 
+/// Where a series is, if not in a suite that apt here knows.
+const SUITES: [(&str, &str); 4] =
+    [("5.10", "bullseye"), ("6.1", "bookworm"), ("6.12", "trixie"), ("7.2", "sid")];
+/// The keys of Debian's archives, from the package debian-archive-keyring.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
 /// A kernel that can be booted.
 #[derive(Debug)]
 pub(crate) struct Kernel {
@@ -93,17 +99,24 @@ fn download(series: &str, dir: &Path) -> Result<()> {
     if tools::find("apt-get").is_none() || tools::find("dpkg-deb").is_none() {
         bail!("kernels come as Debian packages, and there is no apt here; {by_hand}");
     }
-    let mut names = search(series)?;
+    let mut apt = Apt::default();
+    let mut names = apt.search(series)?;
     if names.is_empty() {
         setup::refresh_packages()?;
-        names = search(series)?;
+        names = apt.search(series)?;
+    }
+    if names.is_empty()
+        && let Some((_, suite)) = SUITES.iter().find(|(known, _)| *known == series)
+    {
+        apt = Apt::of(suite)?;
+        names = apt.search(series)?;
     }
     // Lists can name a package that its archive has dropped; so the newest few.
     for name in names.iter().take(3) {
         println!("fetching {name}");
         // A kernel may come in two packages.
         let modules = name.strip_prefix("linux-binary-").map(|rest| format!("linux-modules-{rest}"));
-        let mut command = Command::new("apt-get");
+        let mut command = apt.command("apt-get");
         command.args(["download", "--quiet", name]).args(modules).current_dir(dir);
         match output(&mut command) {
             Ok(_) => return Ok(()),
@@ -115,19 +128,56 @@ fn download(series: &str, dir: &Path) -> Result<()> {
     )
 }
 
-/// Names of the kernel packages of a series, newest first.
-fn search(series: &str) -> Result<Vec<String>> {
-    let pattern = format!("^linux-(image|binary)-{}[.+-]", series.replace('.', "\\."));
-    let found = stdout(Command::new("apt-cache").args(["search", "--names-only", &pattern]))?;
-    let mut names: Vec<String> = found
-        .lines()
-        .filter_map(|line| line.split_whitespace().next())
-        // 6, 1, 0, 56, 64; a meta package has only 6, 1, 64.
-        .filter(|name| name.ends_with("-cloud-amd64") && numbers(name).len() > 3)
-        .map(ToOwned::to_owned)
-        .collect();
-    names.sort_by(|a, b| natural(b, a));
-    Ok(names)
+/// apt, as it is set up here, or with another suite of the same mirror and lists of its own.
+#[derive(Debug, Default)]
+struct Apt {
+    options: Vec<String>,
+}
+
+impl Apt {
+    /// Another suite of the mirror that this host's apt uses for Debian. What the host has configured stays as it is.
+    fn of(suite: &str) -> Result<Self> {
+        let targets = ["indextargets", "--format", "$(REPO_URI) $(ORIGIN)", "Created-By: Packages"];
+        let listed = stdout(Command::new("apt-get").args(targets))?;
+        let mirror = listed.lines().find_map(|line| line.strip_suffix(" Debian"));
+        let mirror = mirror.context("apt here has no mirror of Debian")?;
+        let dir = target_dir().join("vm/apt").join(suite);
+        fs::create_dir_all(dir.join("lists/partial"))?;
+        let source = dir.join("sources.list");
+        fs::write(&source, format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n"))?;
+        let option = |name: &str, value: String| ["-o".to_owned(), format!("{name}={value}")];
+        let options = [
+            option("Dir::Etc::SourceList", source.display().to_string()),
+            option("Dir::Etc::SourceParts", "-".to_owned()),
+            option("Dir::State::Lists", dir.join("lists").display().to_string()),
+            option("Dir::Cache", dir.display().to_string()),
+        ];
+        let apt = Self { options: options.into_iter().flatten().collect() };
+        tools::show(apt.command("apt-get").args(["update", "--quiet"]))?;
+        Ok(apt)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.options);
+        command
+    }
+
+    /// Names of the kernel packages of a series, newest first.
+    fn search(&self, series: &str) -> Result<Vec<String>> {
+        let pattern = format!("^linux-(image|binary)-{}[.+-]", series.replace('.', "\\."));
+        let found = stdout(self.command("apt-cache").args(["search", "--names-only", &pattern]))?;
+        let mut names: Vec<String> = found
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            // 6, 1, 0, 56, 64; a meta package has only 6, 1, 64.
+            .filter(|name| name.ends_with("-cloud-amd64") && numbers(name).len() > 3)
+            .map(ToOwned::to_owned)
+            .collect();
+        // Where there is a linux-binary-…, the linux-image-… of that name is empty.
+        names.sort_by(|a, b| natural(b, a).then_with(|| a.cmp(b)));
+        Ok(names)
+    }
 }
 
 /// Compares runs of digits as numbers: 6.1.0-9 comes before 6.1.0-10.

@@ -42,7 +42,7 @@ enum Task {
     Vm(vm::Options),
     /// Measure, and print a Markdown table.
     Bench {
-        #[arg(value_enum)]
+        #[command(subcommand)]
         subject: bench::Subject,
     },
     /// rustfmt, clippy and rustdoc, without a warning.
@@ -70,7 +70,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo(options) => demo::run(&options),
         Task::Test => suite::run(),
         Task::Vm(options) => vm::run(&options),
-        Task::Bench { subject } => bench::run(subject),
+        Task::Bench { subject } => bench::run(&subject),
         Task::Lint => lint::run(),
     }
 }

@@ -12,7 +12,6 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use serde_json::Value;
 use squall_lab::Running;
 
 use crate::{
@@ -66,14 +65,29 @@ pub(crate) struct Options {
     minutes: u64,
 }
 
+/// What is put into a VM beside the binaries, and run there.
+#[derive(Debug, Default)]
+pub(crate) struct Job {
+    /// Programs: where they go, and where they are.
+    pub(crate) programs: Vec<(PathBuf, PathBuf)>,
+    /// Commands, run one after the other.
+    pub(crate) commands: Vec<String>,
+    /// Longest time, minutes.
+    pub(crate) minutes: u64,
+}
+
 /// Boots each kernel in turn. Fails if anything failed on any of them.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure(setup::ALL)?;
     let binaries = builds::release()?;
+    let mut job = tests(options.filter.as_deref().unwrap_or_default())?;
+    job.minutes = options.minutes;
+    if !options.cmd.is_empty() {
+        job.commands.clone_from(&options.cmd);
+    }
     let mut failed = Vec::new();
     for kernel in &options.kernels {
-        let (ok, _) = boot(kernel, &binaries, options)?;
-        if !ok {
+        if !boot(kernel, &binaries, &job, |_| {})? {
             failed.push(kernel.as_str());
         }
     }
@@ -87,26 +101,28 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// Runs all privileged tests on one kernel; whether they passed, and the counts.
 pub(crate) fn test(kernel: &str, binaries: &Path) -> Result<(bool, Counts)> {
-    let options = Options { kernels: vec![], cmd: vec![], filter: None, minutes: 20 };
-    boot(kernel, binaries, &options)
+    let mut counts = Counts::default();
+    let ok = boot(kernel, binaries, &tests("")?, |line| counts.take(line))?;
+    Ok((ok, counts))
 }
 
-fn boot(series: &str, binaries: &Path, options: &Options) -> Result<(bool, Counts)> {
+/// Boots a kernel and runs a job. Shows what is said there, and hands each line over; whether no command failed.
+pub(crate) fn boot(series: &str, binaries: &Path, job: &Job, each: impl FnMut(&str)) -> Result<bool> {
     let kernel = Kernel::fetch(series)?;
     println!("vm {series}: Linux {}", kernel.release());
     let archive = target_dir().join("vm").join(series).join("initramfs");
-    fs::write(&archive, initramfs(&kernel, binaries, options)?.archive())?;
+    fs::write(&archive, initramfs(&kernel, binaries, job)?.archive())?;
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
     qemu.args(["-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio"]);
     qemu.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&archive);
     // An oops is a panic, a panic is a reboot, and a reboot is the end.
     qemu.args(["-append", "console=ttyS0 quiet oops=panic panic=-1"]);
-    watch(&qemu, Duration::from_secs(options.minutes * 60))
+    watch(&qemu, Duration::from_secs(job.minutes * 60), each)
 }
 
 /// Shows what the VM says until it is off; whether its init reported no failure.
-fn watch(qemu: &Command, most: Duration) -> Result<(bool, Counts)> {
+fn watch(qemu: &Command, most: Duration, mut each: impl FnMut(&str)) -> Result<bool> {
     let mut vm = Running::start_with("qemu", qemu, Stdio::null(), Stdio::piped(), Stdio::inherit())?;
     let console = vm.child().stdout.take().context("a pipe was asked for")?;
     let (lines, said) = mpsc::channel();
@@ -122,7 +138,6 @@ fn watch(qemu: &Command, most: Duration) -> Result<(bool, Counts)> {
         }
     });
     let end = Instant::now() + most;
-    let mut counts = Counts::default();
     let mut reported = None;
     loop {
         match said.recv_timeout(end.saturating_duration_since(Instant::now())) {
@@ -132,7 +147,7 @@ fn watch(qemu: &Command, most: Duration) -> Result<(bool, Counts)> {
                     println!("{line}");
                     std::io::stdout().flush()?;
                 }
-                counts.take(&line);
+                each(&line);
                 if line.contains(PANIC) {
                     bail!("the kernel panicked");
                 }
@@ -145,20 +160,29 @@ fn watch(qemu: &Command, most: Duration) -> Result<(bool, Counts)> {
         }
     }
     vm.wait(Duration::from_secs(10))?;
-    let ok = reported.context("the VM ended before its init reported: it crashed, or did not boot")?;
-    Ok((ok, counts))
+    reported.context("the VM ended before its init reported: it crashed, or did not boot")
 }
 
-fn initramfs(kernel: &Kernel, binaries: &Path, options: &Options) -> Result<Initramfs> {
+fn initramfs(kernel: &Kernel, binaries: &Path, job: &Job) -> Result<Initramfs> {
     let mut initramfs = Initramfs::default();
-    let mut job: Vec<String> = ["env PATH=/bin", "env SQUALL_BIN_DIR=/squall"].map(Into::into).into();
+    let mut lines: Vec<String> = ["env PATH=/bin", "env SQUALL_BIN_DIR=/squall"].map(Into::into).into();
     for (name, module) in kernel.modules(&MODULES)? {
         let path = format!("/modules/{name}.ko");
-        job.push(format!("module {path}"));
+        lines.push(format!("module {path}"));
         initramfs.file(path, module);
     }
     for tool in TOOLS {
         initramfs.tool(tool)?;
+    }
+    // netem's tables of distributions, where tc looks for them.
+    for dir in ["/usr/lib/x86_64-linux-gnu/tc", "/usr/lib/tc"] {
+        for entry in fs::read_dir(dir).into_iter().flatten() {
+            let path = entry?.path();
+            if path.extension().is_some_and(|ext| ext == "dist") {
+                let table = fs::read(&path)?;
+                initramfs.file(path, table);
+            }
+        }
     }
     // The shop's Redis, see squall-lab.
     initramfs.program(
@@ -168,54 +192,27 @@ fn initramfs(kernel: &Kernel, binaries: &Path, options: &Options) -> Result<Init
     for binary in BINARIES {
         initramfs.program(Path::new("/squall").join(binary), &binaries.join(binary))?;
     }
-    let tests = executables()?;
-    if options.cmd.is_empty() {
-        let filter = options.filter.as_deref().unwrap_or_default();
-        for name in tests.iter().filter(|test| test.integration).map(|test| &test.name) {
-            job.push(format!("run /tests/{name} --test-threads=1 {filter}"));
-        }
+    for (path, program) in &job.programs {
+        initramfs.program(path, program)?;
     }
-    for test in &tests {
-        let path = if test.integration { format!("/tests/{}", test.name) } else { "/init".into() };
-        initramfs.program(path, &test.path)?;
-    }
-    for command in &options.cmd {
-        job.push(format!("run {command}"));
-    }
-    initramfs.file("/etc/vm", job.join("\n").into_bytes());
+    let init =
+        builds::executables(["build"].iter().chain(&tools::HOST_CRATES).chain(&["--bin", "squall-init"]))?;
+    let [(_, init)] = &init[..] else { bail!("not one squall-init: {init:?}") };
+    initramfs.program("/init", init)?;
+    lines.extend(job.commands.iter().map(|command| format!("run {command}")));
+    initramfs.file("/etc/vm", lines.join("\n").into_bytes());
     Ok(initramfs)
 }
 
-#[derive(Debug)]
-struct Executable {
-    name: String,
-    path: PathBuf,
-    /// One of tests/tests/*.rs; otherwise it is the init.
-    integration: bool,
-}
-
-/// Builds the privileged tests and the init, and finds where cargo put them.
-fn executables() -> Result<Vec<Executable>> {
-    let mut found = Vec::new();
+/// The privileged tests whose names contain `filter`.
+fn tests(filter: &str) -> Result<Job> {
     let privileged = suite::privileged()?;
-    let privileged: Vec<&str> = privileged.iter().flat_map(|name| ["--test", name]).collect();
-    for (verb, targets) in
-        [("test", &[&["--no-run"], &privileged[..]].concat()[..]), ("build", &["--bin", "squall-init"])]
-    {
-        let mut command = tools::cargo([verb].iter().chain(&tools::HOST_CRATES).chain(targets));
-        command.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
-        let output = command.output().context("cannot start cargo")?;
-        if !output.status.success() {
-            bail!("{} failed", tools::line(&command));
-        }
-        for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-            let message: Value = serde_json::from_slice(line)?;
-            let field = |path: &str| message.pointer(path).and_then(Value::as_str).map(ToOwned::to_owned);
-            if let (Some(path), Some(name)) = (field("/executable"), field("/target/name")) {
-                let integration = verb == "test";
-                found.push(Executable { name, path: path.into(), integration });
-            }
-        }
+    let targets = privileged.iter().flat_map(|name| ["--test", name]);
+    let build = ["test"].into_iter().chain(tools::HOST_CRATES).chain(["--no-run"]).chain(targets);
+    let mut job = Job { minutes: 20, ..Job::default() };
+    for (name, path) in builds::executables(build)? {
+        job.commands.push(format!("/tests/{name} --test-threads=1 {filter}"));
+        job.programs.push((Path::new("/tests").join(name), path));
     }
-    Ok(found)
+    Ok(job)
 }

@@ -6,9 +6,12 @@
 
 mod cgroup;
 mod command;
+mod counters;
 mod netns;
+mod probe;
 mod shop;
 mod state;
+pub mod stats;
 mod sweep;
 
 use std::{
@@ -24,7 +27,9 @@ use nix::unistd::Uid;
 
 pub use cgroup::Cgroup;
 pub use command::{Running, output, run, stdout};
+pub use counters::Counters;
 pub use netns::{Netns, Ping, Stream, Wire};
+pub use probe::{Arrival, Flight, Probe, Seen, monotonic, round_trips};
 pub use shop::{Shop, ShopOptions};
 pub use state::{HostState, NetState};
 pub use sweep::sweep;

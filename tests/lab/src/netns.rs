@@ -146,6 +146,11 @@ impl Netns {
 
     /// Sends one TCP stream to `to`, whose address is `address`, for a while.
     pub fn stream(&self, to: &Self, address: IpAddr, time: Duration) -> Result<Stream> {
+        self.streams(to, address, time, 1)
+    }
+
+    /// Sends so many TCP streams at once, and adds up what they achieved.
+    pub fn streams(&self, to: &Self, address: IpAddr, time: Duration, flows: u32) -> Result<Stream> {
         let mut command = to.command("iperf3");
         command.args(["--server", "--one-off", "--forceflush"]);
         let mut server =
@@ -153,10 +158,12 @@ impl Netns {
         let said = server.child().stdout.take().context("iperf3 has no standard output")?;
         let mut lines = BufReader::new(said).lines();
         while !lines.next().context("iperf3 ended before it listened")??.contains("listening") {}
-        let seconds = time.as_secs().to_string();
+        let (seconds, flows) = (time.as_secs().to_string(), flows.to_string());
         let mut client = self.command("iperf3");
-        let json =
-            output(client.args(["--client", &address.to_string(), "--time", &seconds, "--json"]))?.stdout;
+        client.args(["--client", &address.to_string(), "--time", &seconds, "--parallel", &flows, "--json"]);
+        let json = output(&mut client)?.stdout;
+        // What it still has to say must not fill the pipe.
+        lines.for_each(drop);
         server.wait(Duration::from_secs(10))?;
         Stream::parse(&json)
     }
