@@ -4,15 +4,23 @@
 //! lacks something a test needs, that test fails, or checks that the agent says so.
 
 mod agent;
+mod bench;
 mod controller;
 mod lab;
+mod names;
+mod talk;
+mod unified;
 mod victim;
 
 pub use agent::{Agent, AgentOptions};
+pub use bench::{Bench, MS, SECOND, cidr, delay, figure, interface, partition, port, ports, process};
 pub use controller::Controller;
 pub use lab::Lab;
+pub use names::{Answer, NameServer, ask};
 pub use squall_lab::{
     Cgroup, HostState, NetState, Netns, Ping, Running, Shop, ShopOptions, Stream, Wire, bin_dir, need_root,
     output, run, stdout, sweep, unique, wait_for,
 };
+pub use talk::{Pair, Sockets, death, drain};
+pub use unified::Unified;
 pub use victim::Victim;
