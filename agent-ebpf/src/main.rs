@@ -109,6 +109,12 @@ impl Lookup for Maps<'_> {
     }
 }
 
+/// Nothing: what any program costs, to be taken off what ours cost.
+#[classifier]
+pub fn squall_empty(_ctx: TcContext) -> i32 {
+    NEXT
+}
+
 /// Packets that leave.
 #[classifier]
 pub fn squall_egress(ctx: TcContext) -> i32 {
@@ -152,12 +158,19 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
         return NEXT;
     }
     let link_header = table.link_header.load() as usize & 0xff;
-    let Some(packet) = packet::parse(&skb, skb.ethertype(), skb.vlan(), link_header, way) else { return NEXT };
-    let maps = Maps { skb: &skb, link_header, hook, packet: &packet };
-    let mut set = matching::candidates(table, live, &packet, &maps);
+    let Some(head) = packet::head(&skb, skb.ethertype(), skb.vlan(), link_header, way) else { return NEXT };
+    let set = matching::by_network(
+        table,
+        live,
+        &head.packet,
+        &Maps { skb: &skb, link_header, hook, packet: &head.packet },
+    );
     if set == 0 {
         return NEXT;
     }
+    let Some(packet) = head.complete(&skb, way) else { return NEXT };
+    let mut set =
+        matching::by_transport(table, set, &packet, &Maps { skb: &skb, link_header, hook, packet: &packet });
     // SAFETY: the helper takes no argument and cannot fail.
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // A rule that has not begun or is over, or makes an exception of this packet, must not shadow those behind it.
@@ -397,7 +410,8 @@ impl Place<'_> {
     fn order(&self) -> u64 {
         // Where packets may overtake, each is a flow of its own in sch_fq.
         let action = &self.rule.action;
-        let overtakes = action.keep_order.load() == 0 && (action.jitter.load() | action.reorder.ratio.load()) != 0;
+        let overtakes =
+            action.keep_order.load() == 0 && (action.jitter.load() | action.reorder.ratio.load()) != 0;
         if self.table.line.load() != 0 && overtakes { Note::SHUFFLE } else { Job::Send as u64 }
     }
 

@@ -168,9 +168,13 @@ impl<'a> Skb<'a> {
         let own_netns = u64::from(u32::MAX);
         let socket = match packet.protocol {
             // SAFETY: the context is valid, and so is the tuple.
-            Protocol::Tcp => unsafe { bpf_sk_lookup_tcp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0) },
+            Protocol::Tcp => unsafe {
+                bpf_sk_lookup_tcp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0)
+            },
             // SAFETY: as above.
-            Protocol::Udp => unsafe { bpf_sk_lookup_udp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0) },
+            Protocol::Udp => unsafe {
+                bpf_sk_lookup_udp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0)
+            },
             _ => return 0,
         };
         if socket.is_null() {
@@ -289,6 +293,11 @@ pub(crate) fn redirect(ifindex: u32, ingress: bool) -> i32 {
 impl Bytes for Skb<'_> {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let start = field!(self, data) as usize + offset;
+        if start + N <= field!(self, data_end) as usize {
+            // SAFETY: the bytes are within the packet's linear part, as the verifier sees for itself.
+            return Some(unsafe { (start as *const [u8; N]).read_unaligned() });
+        }
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the helper writes all N bytes, or fails.
         let failed = unsafe {

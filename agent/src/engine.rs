@@ -716,7 +716,7 @@ mod tests {
 
     impl Fault for Fake {
         const KIND: &'static str = "fake";
-            type Undo = Undo;
+        type Undo = Undo;
         type Held = Held;
         type Proto = ();
 
@@ -725,10 +725,10 @@ mod tests {
         }
 
         fn scope(&self) -> Scope {
-        Scope::Process
-    }
+            Scope::Process
+        }
 
-    fn check(&self, _: &Target, _: &Limits) -> Result<(), Invalid> {
+        fn check(&self, _: &Target, _: &Limits) -> Result<(), Invalid> {
             if self.level > 100 {
                 return Err(Invalid::new("fake.level", self.level, "too much", "at most 100"));
             }

@@ -9,7 +9,8 @@ use std::{
 };
 
 use etherparse::{
-    Icmpv4Type, Icmpv6Type, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TransportSlice, icmpv4, icmpv6,
+    Icmpv4Type, Icmpv6Type, NetSlice, PacketBuilder, PacketBuilderStep, SlicedPacket, TransportSlice, icmpv4,
+    icmpv6,
 };
 use hickory_proto::{
     op::{Message, MessageType, OpCode, ResponseCode},
@@ -88,7 +89,12 @@ fn spot(frame: &[u8]) -> Option<Spot> {
         TransportSlice::Udp(_) => (6, 8, true),
         TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_) | TransportSlice::Igmp(_) => (2, 8, false),
     };
-    (start + header <= end).then(|| Spot { start, checksum: start + checksum, payload: start + header..end, optional })
+    (start + header <= end).then(|| Spot {
+        start,
+        checksum: start + checksum,
+        payload: start + header..end,
+        optional,
+    })
 }
 
 fn choose(range: std::ops::Range<usize>, draw: u64) -> usize {
@@ -213,12 +219,8 @@ pub fn resets(frame: &[u8]) -> Option<[Vec<u8>; 2]> {
     let back = Back::of(frame)?;
     let Some(TransportSlice::Tcp(tcp)) = &back.packet.transport else { return None };
     let to_sender = rst_to_sender(&back, tcp)?;
-    let onward = step(back.from, back.to).tcp(
-        tcp.source_port(),
-        tcp.destination_port(),
-        tcp.sequence_number(),
-        0,
-    );
+    let onward =
+        step(back.from, back.to).tcp(tcp.source_port(), tcp.destination_port(), tcp.sequence_number(), 0);
     let onward = onward.rst();
     let onward = if tcp.ack() { onward.ack(tcp.acknowledgment_number()) } else { onward };
     let mut packet = Vec::new();
@@ -317,7 +319,9 @@ impl Dns {
 
     fn is_about(&self, name: &str) -> bool {
         let one = |pattern: &String| match pattern.strip_prefix("*.") {
-            Some(below) => name.strip_suffix(below).is_some_and(|front| front.len() > 1 && front.ends_with('.')),
+            Some(below) => {
+                name.strip_suffix(below).is_some_and(|front| front.len() > 1 && front.ends_with('.'))
+            }
             None => name == pattern,
         };
         self.names.is_empty() || self.names.iter().any(one)
@@ -335,7 +339,11 @@ mod tests {
     const MACS: [u8; 12] = [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
 
     /// A frame from 10.0.0.1 or fd00::1 to 10.0.0.2 or fd00::2.
-    fn frame(v6: bool, tagged: bool, build: impl FnOnce(PacketBuilderStep<etherparse::IpHeaders>) -> Vec<u8>) -> Vec<u8> {
+    fn frame(
+        v6: bool,
+        tagged: bool,
+        build: impl FnOnce(PacketBuilderStep<etherparse::IpHeaders>) -> Vec<u8>,
+    ) -> Vec<u8> {
         let pair = if v6 { ["fd00::1", "fd00::2"] } else { ["10.0.0.1", "10.0.0.2"] };
         let [from, to] = pair.map(|a| a.parse::<IpAddr>().unwrap());
         let mut frame = MACS.to_vec();
@@ -531,7 +539,10 @@ mod tests {
         for others in ["example.org", "*.api.example.com", "xapi.example.com", "*.com.example"] {
             assert_eq!(dns(&[others], DnsAnswer::Drop).judge(&one), Verdict::Pass, "{others}");
         }
-        assert_eq!(dns(&["*.example.com"], DnsAnswer::Drop).judge(&query("example.com.", RecordType::A)), Verdict::Pass);
+        assert_eq!(
+            dns(&["*.example.com"], DnsAnswer::Drop).judge(&query("example.com.", RecordType::A)),
+            Verdict::Pass
+        );
         assert_eq!(dns(&[], DnsAnswer::Drop).judge(&udp(false, 53, b"no query")), Verdict::Pass);
     }
 

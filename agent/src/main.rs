@@ -1,5 +1,6 @@
 //! `squall-agent`: build, run, drain. No logic.
 
+mod cost;
 mod engine;
 mod fault;
 mod frame;
@@ -59,6 +60,8 @@ enum Command {
     /// A stressor; the agent starts these itself.
     #[command(hide = true)]
     Stress(stress::Args),
+    /// Measure what a packet pays that no fault is about, in a network namespace of its own, and exit. Needs root.
+    Cost(cost::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -108,13 +111,20 @@ fn metrics_address(text: &str) -> Result<MetricsAddress, String> {
 }
 
 fn main() -> ExitCode {
+    host::memory::one_arena();
     let cli = Cli::parse();
     if let Some(Command::Stress(args)) = cli.command {
         return stress::main(&args);
     }
     start_log(cli.run.log);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    match runtime.context("start the runtime").and_then(|runtime| runtime.block_on(run(cli.run))) {
+    let done = runtime.context("start the runtime").and_then(|runtime| match cli.command {
+        Some(Command::Cost(args)) => {
+            runtime.block_on(async { tokio::task::block_in_place(|| cost::main(&args)) })
+        }
+        Some(Command::Stress(_)) | None => runtime.block_on(run(cli.run)),
+    });
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             error!("{e:#}");

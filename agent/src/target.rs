@@ -285,7 +285,9 @@ pub fn resolve(selector: &Selector, scope: Scope) -> Result<Vec<Target>, NoMatch
             Ok(targets_of(match_processes(*pid, exe.as_deref(), cmdline.as_deref())?, scope))
         }
         Selector::Cgroup(path) => resolve_cgroup(path, scope),
-        Selector::Interface { name, netns } if matches!(scope, Scope::Network | Scope::Sockets) => resolve_interface(name, netns),
+        Selector::Interface { name, netns } if matches!(scope, Scope::Network | Scope::Sockets) => {
+            resolve_interface(name, netns)
+        }
         Selector::Interface { .. } => {
             Err(NoMatch(format!("{selector}: this fault needs a process or a cgroup, not an interface")))
         }

@@ -569,8 +569,7 @@ mod tests {
 
     #[test]
     fn jitter_is_uniform() {
-        let mut delays =
-            delays(Action { latency: 100 * MS, jitter: 50 * MS, ..Action::new(4711) }, 100_000);
+        let mut delays = delays(Action { latency: 100 * MS, jitter: 50 * MS, ..Action::new(4711) }, 100_000);
         delays.sort_unstable();
         for q in [1, 10, 25, 50, 75, 90, 99] {
             let at = delays[q * 1000] as f64 / MS as f64;
@@ -613,7 +612,10 @@ mod tests {
         assert_eq!(wait(&action, &m, 5 * MS, 1000), Some(20 * MS));
         let through = (0..100).filter(|_| wait(&action, &m, 5 * MS, 1000).is_some()).count();
         assert_eq!(through, 11, "what waits 100 ms and one more");
-        let action = cells(&Action { burst: 24 * MS, ..Action { byte_time: 8_000 << 24, backlog: 100 * MS, ..Action::new(1) } });
+        let action = cells(&Action {
+            burst: 24 * MS,
+            ..Action { byte_time: 8_000 << 24, backlog: 100 * MS, ..Action::new(1) }
+        });
         let m = memory();
         let waits: Vec<u64> = (0..5).filter_map(|_| wait(&action, &m, MS, 1000)).collect();
         assert_eq!(waits, [0, 0, 0, 8 * MS, 16 * MS]);

@@ -25,28 +25,40 @@ pub fn live(table: &Table, way: Direction) -> u64 {
     }
 }
 
-/// The clauses of `live` that the packet satisfies. Cheap dimensions first, and no lookup whose answer cannot matter.
+#[inline(always)]
+fn narrow(table: &Table, set: u64, maps: &impl Lookup, dimension: Dimension, value: Option<u32>) -> u64 {
+    let any = table.any[dimension as usize].load();
+    if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v as u16))) }
+}
+
+/// The clauses of `live` that the packet satisfies as far as its network layer goes. No lookup is made whose answer cannot
+/// matter.
 #[inline(always)]
 #[must_use]
-pub fn candidates(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
+pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
     let mut set = live & table.protocol[packet.protocol as usize & 3].load();
-    let narrow = |set: u64, dimension: Dimension, value: Option<u32>| {
-        let any = table.any[dimension as usize].load();
-        if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v as u16))) }
-    };
-    set = narrow(set, Dimension::PeerPort, packet.port_pair.get().map(|pair| pair >> 16));
-    set = narrow(set, Dimension::LocalPort, packet.port_pair.get());
-    let plain = table.plain.load();
-    if set & !plain != 0 {
-        set = narrow(set, Dimension::Vlan, Some(u32::from(packet.vlan)));
-        set = narrow(set, Dimension::Dscp, Some(u32::from(packet.dscp)));
-        set = narrow(set, Dimension::Icmp, packet.icmp_type.get());
-        set = narrow(set, Dimension::Flags, packet.tcp_flags.get());
-        set = narrow(set, Dimension::Fragment, Some(u32::from(packet.fragment)));
+    if set & !table.plain.load() != 0 {
+        set = narrow(table, set, maps, Dimension::Vlan, Some(u32::from(packet.vlan)));
+        set = narrow(table, set, maps, Dimension::Dscp, Some(u32::from(packet.dscp)));
+        set = narrow(table, set, maps, Dimension::Fragment, Some(u32::from(packet.fragment)));
     }
     let any = table.any_peer.load();
     if set & !any != 0 {
         set &= any | maps.peer(packet.peer);
+    }
+    set
+}
+
+/// The clauses of `set` that the packet satisfies in the rest.
+#[inline(always)]
+#[must_use]
+pub fn by_transport(table: &Table, set: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
+    let mut set = set;
+    set = narrow(table, set, maps, Dimension::PeerPort, packet.port_pair.get().map(|pair| pair >> 16));
+    set = narrow(table, set, maps, Dimension::LocalPort, packet.port_pair.get());
+    if set & !table.plain.load() != 0 {
+        set = narrow(table, set, maps, Dimension::Icmp, packet.icmp_type.get());
+        set = narrow(table, set, maps, Dimension::Flags, packet.tcp_flags.get());
     }
     let any = table.any_cgroup.load();
     if set & !any != 0 {

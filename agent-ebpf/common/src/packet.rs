@@ -136,11 +136,39 @@ const EXTENSIONS: usize = 6;
 /// Most VLAN tags in the packet itself (one more may be in the kernel's metadata).
 const TAGS: usize = 2;
 
-/// Reads a packet. `ethertype` is `skb->protocol` in host order: what follows the link layer, and any VLAN tag that the
-/// kernel took off into its metadata, whose id is `vlan`. `offset` is the length of the link layer's header.
-///
-/// `None` for what no rule can match: everything but IP, ARP among it, and its like in IPv6, neighbour discovery.
-/// Without those a network is not broken but dead, and heals late because neighbours have to be found again.
+/// A packet of which only the network layer was read. Most packets are nobody's by then.
+#[derive(Debug, Clone, Copy)]
+pub struct Head {
+    /// The packet, as if it had no transport.
+    pub packet: Packet,
+    next: u8,
+    /// Where the transport's header begins; 0 where there is none to be seen.
+    offset: usize,
+}
+
+impl Head {
+    /// Reads the transport's header. `None` for neighbour discovery: see [`head`].
+    #[inline(always)]
+    #[must_use]
+    pub fn complete(&self, bytes: &(impl Bytes + ?Sized), way: Direction) -> Option<Packet> {
+        let mut packet = self.packet;
+        if self.offset != 0 {
+            let inner = inner(bytes, self.next, self.offset, way);
+            // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
+            if self.next == IPPROTO_ICMPV6
+                && inner.icmp_type.get().is_some_and(|kind| (133..=137).contains(&kind))
+            {
+                return None;
+            }
+            packet.port_pair = inner.port_pair;
+            packet.tcp_flags = inner.tcp_flags;
+            packet.icmp_type = inner.icmp_type;
+        }
+        Some(packet)
+    }
+}
+
+/// Reads a packet: [`head`], then [`Head::complete`].
 #[inline(always)]
 pub fn parse(
     bytes: &(impl Bytes + ?Sized),
@@ -149,6 +177,22 @@ pub fn parse(
     offset: usize,
     way: Direction,
 ) -> Option<Packet> {
+    head(bytes, ethertype, vlan, offset, way)?.complete(bytes, way)
+}
+
+/// Reads a packet's network layer. `ethertype` is `skb->protocol` in host order: what follows the link layer, and any VLAN tag that the
+/// kernel took off into its metadata, whose id is `vlan`. `offset` is the length of the link layer's header.
+///
+/// `None` for what no rule can match: everything but IP, ARP among it, and its like in IPv6, neighbour discovery.
+/// Without those a network is not broken but dead, and heals late because neighbours have to be found again.
+#[inline(always)]
+pub fn head(
+    bytes: &(impl Bytes + ?Sized),
+    ethertype: u16,
+    vlan: u16,
+    offset: usize,
+    way: Direction,
+) -> Option<Head> {
     let mut ethertype = ethertype;
     let mut offset = offset;
     let mut vlan = vlan;
@@ -171,7 +215,7 @@ pub fn parse(
 }
 
 #[inline(always)]
-fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Packet> {
+fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Head> {
     let header = bytes.read::<20>(offset)?;
     let length = usize::from(header[0] & 0x0f) * 4;
     let fragments = u16::from_be_bytes([header[6], header[7]]);
@@ -180,21 +224,24 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
         Direction::Ingress => [header[12], header[13], header[14], header[15]],
     };
     let next = header[9];
-    let inner = if fragments & 0x1fff == 0 { inner(bytes, next, offset + length, way) } else { Inner::UNKNOWN };
-    Some(Packet {
-        peer: Address::V4(peer),
-        protocol: protocol(next),
-        port_pair: inner.port_pair,
-        tcp_flags: inner.tcp_flags,
-        icmp_type: inner.icmp_type,
-        dscp: header[1] >> 2,
-        fragment: fragments & 0x3fff != 0,
-        vlan,
+    Some(Head {
+        packet: Packet {
+            peer: Address::V4(peer),
+            protocol: protocol(next),
+            port_pair: Maybe::NONE,
+            tcp_flags: Maybe::NONE,
+            icmp_type: Maybe::NONE,
+            dscp: header[1] >> 2,
+            fragment: fragments & 0x3fff != 0,
+            vlan,
+        },
+        next,
+        offset: if fragments & 0x1fff == 0 { offset + length } else { 0 },
     })
 }
 
 #[inline(always)]
-fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Packet> {
+fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Head> {
     let [first, second, .., mut next] = bytes.read::<7>(offset)?;
     let dscp = (first & 0x0f) << 2 | second >> 6;
     let peer = bytes.read::<16>(match way {
@@ -229,20 +276,19 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
             break;
         }
     }
-    let inner = if later { Inner::UNKNOWN } else { inner(bytes, next, offset, way) };
-    // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
-    if next == IPPROTO_ICMPV6 && inner.icmp_type.get().is_some_and(|kind| (133..=137).contains(&kind)) {
-        return None;
-    }
-    Some(Packet {
-        peer: Address::V6(peer),
-        protocol: protocol(next),
-        port_pair: inner.port_pair,
-        tcp_flags: inner.tcp_flags,
-        icmp_type: inner.icmp_type,
-        dscp,
-        fragment,
-        vlan,
+    Some(Head {
+        packet: Packet {
+            peer: Address::V6(peer),
+            protocol: protocol(next),
+            port_pair: Maybe::NONE,
+            tcp_flags: Maybe::NONE,
+            icmp_type: Maybe::NONE,
+            dscp,
+            fragment,
+            vlan,
+        },
+        next,
+        offset: if later { 0 } else { offset },
     })
 }
 

@@ -44,7 +44,8 @@ impl Quantiles {
         }
         let mut sorted = Vec::with_capacity(entries.len());
         for (i, entry) in entries.iter().enumerate() {
-            let entry = i16::try_from(*entry).map_err(|_| std::format!("entry {i} is {entry}; -32768 to 32767"))?;
+            let entry =
+                i16::try_from(*entry).map_err(|_| std::format!("entry {i} is {entry}; -32768 to 32767"))?;
             sorted.push(entry);
         }
         sorted.sort_unstable();

@@ -154,7 +154,8 @@ impl Clause {
         let ports = |ranges: &[Ports]| {
             (!ranges.is_empty()).then(|| ranges.iter().flat_map(|p| p.first..=p.last).collect())
         };
-        let list = |values: &[u8]| (!values.is_empty()).then(|| values.iter().copied().map(u16::from).collect());
+        let list =
+            |values: &[u8]| (!values.is_empty()).then(|| values.iter().copied().map(u16::from).collect());
         match dimension {
             Dimension::PeerPort => ports(&self.peer_ports),
             Dimension::LocalPort => ports(&self.local_ports),
@@ -171,13 +172,7 @@ impl Clause {
     /// Whether it asks for nothing but addresses, ports and protocol.
     #[must_use]
     pub fn is_plain(&self) -> bool {
-        let rare = [
-            Dimension::Vlan,
-            Dimension::Dscp,
-            Dimension::Icmp,
-            Dimension::Flags,
-            Dimension::Fragment,
-        ];
+        let rare = [Dimension::Vlan, Dimension::Dscp, Dimension::Icmp, Dimension::Flags, Dimension::Fragment];
         rare.into_iter().all(|dimension| self.values(dimension).is_none())
     }
 
@@ -328,8 +323,11 @@ mod tests {
             && within(&clause.local_ports, packet.ports().map(|p| p.1))
             && (clause.dscp.is_empty() || clause.dscp.contains(&packet.dscp))
             && (clause.vlans.is_empty() || clause.vlans.contains(&packet.vlan))
-            && (clause.icmp_types.is_empty() || packet.icmp_type.get().is_some_and(|t| clause.icmp_types.contains(&(t as u8))))
-            && clause.tcp_flags.is_none_or(|flags| packet.tcp_flags.get().is_some_and(|f| flags.allow(f as u8)))
+            && (clause.icmp_types.is_empty()
+                || packet.icmp_type.get().is_some_and(|t| clause.icmp_types.contains(&(t as u8))))
+            && clause
+                .tcp_flags
+                .is_none_or(|flags| packet.tcp_flags.get().is_some_and(|f| flags.allow(f as u8)))
             && clause.fragments.is_none_or(|only| only == packet.fragment)
             && clause.cgroups.as_ref().is_none_or(|ids| ids.contains(&CGROUP))
     }
@@ -416,7 +414,8 @@ mod tests {
             let maps = Maps { trie: prefixes(clauses.iter().enumerate()), clauses: &clauses };
             for packet in &packets {
                 for way in [Direction::Egress, Direction::Ingress] {
-                    let set = matching::candidates(&table, matching::live(&table, way), packet, &maps);
+                    let set = matching::by_network(&table, matching::live(&table, way), packet, &maps);
+                    let set = matching::by_transport(&table, set, packet, &maps);
                     prop_assert_eq!(set, bits(&clauses, |c| means(c, packet, way)), "{:?} {:?}", packet, way);
                 }
             }

@@ -123,15 +123,8 @@ pub enum Dimension {
 
 impl Dimension {
     /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::PeerPort,
-        Self::LocalPort,
-        Self::Vlan,
-        Self::Dscp,
-        Self::Icmp,
-        Self::Flags,
-        Self::Fragment,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::PeerPort, Self::LocalPort, Self::Vlan, Self::Dscp, Self::Icmp, Self::Flags, Self::Fragment];
 
     /// Where its sets begin in the map.
     #[inline(always)]

@@ -97,8 +97,12 @@ impl Header {
             return None;
         }
         let number = |at: usize| Some(u64::from_be_bytes(fields.get(at..at + 8)?.try_into().ok()?));
-        let header =
-            Self { rule: u16::from_be_bytes([fields[2], fields[3]]), job: head[6], arrived: number(4)?, due: number(12)? };
+        let header = Self {
+            rule: u16::from_be_bytes([fields[2], fields[3]]),
+            job: head[6],
+            arrived: number(4)?,
+            due: number(12)?,
+        };
         Some(Split { header, tag, packet })
     }
 }

@@ -191,7 +191,12 @@ impl Fault for Network {
         };
         if self.asked.side() == v1::Side::Host && netns.own {
             let fix = "leave it out, or choose a target with a network of its own";
-            return Err(Invalid::new("network.side", "host", "the target is on the host's network already", fix));
+            return Err(Invalid::new(
+                "network.side",
+                "host",
+                "the target is on the host's network already",
+                fix,
+            ));
         }
         let everything = |peer: &Peer| {
             let Peer { clause, hosts } = peer;
@@ -300,10 +305,11 @@ impl Network {
     fn spec(&self, seed: u64, n: usize, names: &Names, cgroups: Option<&[u64]>, node: bool) -> Spec {
         let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
         clauses.extend(self.lifelines(node));
-        clauses.extend(self.clauses(names).into_iter().map(|clause| Clause {
-            cgroups: cgroups.map(<[u64]>::to_vec),
-            ..clause
-        }));
+        clauses.extend(
+            self.clauses(names)
+                .into_iter()
+                .map(|clause| Clause { cgroups: cgroups.map(<[u64]>::to_vec), ..clause }),
+        );
         let seed = if n == 0 { seed } else { hash(seed, n as u64, 0) };
         Spec {
             clauses,
@@ -370,7 +376,8 @@ impl Network {
     }
 
     fn draws(&self) -> bool {
-        let Action { share, flow_share, loss_model, loss, jitter, duplicate, corrupt, reorder, .. } = self.action;
+        let Action { share, flow_share, loss_model, loss, jitter, duplicate, corrupt, reorder, .. } =
+            self.action;
         let sure = |ratio: u64| ratio == 0 || ratio == u64::MAX;
         let loses = loss_model != 0 && !(loss_model == 1 && sure(loss)) && loss_model != 2;
         share != u64::MAX
@@ -385,9 +392,10 @@ impl Network {
     /// The interfaces the fault is for, of the calling thread's network namespace.
     fn interfaces(&self, target: &Target, names: &Names, netlink: &mut Netlink) -> Result<Vec<Interface>> {
         let all = netlink.interfaces()?;
-        let loopback = self.clauses(names).iter().all(|clause| {
-            !clause.cidrs.is_empty() && clause.cidrs.iter().all(is_loopback)
-        });
+        let loopback = self
+            .clauses(names)
+            .iter()
+            .all(|clause| !clause.cidrs.is_empty() && clause.cidrs.iter().all(is_loopback));
         // Our own devices carry packets that were matched already.
         let ours = |i: &Interface| i.name.starts_with("squall");
         let chosen: Vec<Interface> = match self.interface.as_ref().or(target.interface.as_ref()) {
@@ -425,9 +433,13 @@ impl Network {
         let own = target::Netns::own().context("opening the agent's own network namespace")?;
         let outer = Netns::open(&own)?.run(|| Netlink::open()?.interfaces())?;
         let ends = inner.iter().map(|inner| {
-            let peer = |outer: &&Interface| Some(outer.index) == inner.peer && outer.peer == Some(inner.index);
+            let peer =
+                |outer: &&Interface| Some(outer.index) == inner.peer && outer.peer == Some(inner.index);
             outer.iter().find(peer).cloned().ok_or_else(|| {
-                anyhow!("{} of {target} has no other end on the host: it is no veth pair with one there", inner.name)
+                anyhow!(
+                    "{} of {target} has no other end on the host: it is no veth pair with one there",
+                    inner.name
+                )
             })
         });
         Ok((own, ends.collect::<Result<_>>()?, true))
@@ -460,15 +472,24 @@ impl Network {
         };
         for (name, addresses) in &names {
             let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-            planned.changes.push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
+            planned
+                .changes
+                .push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
         }
         let spec = self.spec(seed, 0, &names, cgroup.as_ref().map(|_| [].as_slice()), netns.own && !outside);
         let mut mechanisms = vec![hook_name(support.hook).to_owned()];
         Netns::open(&netns)?.run(|| {
             let mut netlink = Netlink::open()?;
             for interface in &interfaces {
-                let undo =
-                    plan_interface(support, &mut netlink, netns.inode, interface, outside, &spec, &mut planned)?;
+                let undo = plan_interface(
+                    support,
+                    &mut netlink,
+                    netns.inode,
+                    interface,
+                    outside,
+                    &spec,
+                    &mut planned,
+                )?;
                 if spec.holds() {
                     let held = holder_name(support.holder(interface)?);
                     if !mechanisms.iter().any(|m| m == held) {
@@ -559,9 +580,9 @@ fn plan_interface(
                 undo.line = true;
                 let ends = line::names(interface.index, outside).join(" and ");
                 let room = line::room(spec.longest());
-                planned
-                    .changes
-                    .push(format!("{name}: a veth pair {ends} beside it, with room for {room} packets; undo: remove it"));
+                planned.changes.push(format!(
+                    "{name}: a veth pair {ends} beside it, with room for {room} packets; undo: remove it"
+                ));
                 let most = f64::from(room) / spec.longest().as_secs_f64();
                 if most < f64::from(line::PACKETS_A_SECOND) * 0.999 {
                     planned.warnings.push(format!(
@@ -580,12 +601,16 @@ fn plan_interface(
             }
         }
         if latency + spec.action.jitter > 0 && spec.action.jitter > 0 && spec.action.keep_order == 0 {
-            planned.warnings.push(format!("{name}: jitter lets packets overtake each other, as netem's does"));
+            planned
+                .warnings
+                .push(format!("{name}: jitter lets packets overtake each other, as netem's does"));
         }
     }
     if spec.works() || spec.segments() {
         support.worker(interface)?;
-        planned.changes.push(format!("{name}: TAP devices squall*, where packets are changed; end with the agent"));
+        planned
+            .changes
+            .push(format!("{name}: TAP devices squall*, where packets are changed; end with the agent"));
     }
     if interface.loopback {
         if spec.detours() && (!localnet::allowed()? || place.made_localnet()) {
@@ -602,9 +627,9 @@ fn plan_interface(
     let before = place.rules();
     let unreachable = |clause: &Clause| {
         clause.except
-            || before.iter().any(|rule| {
-                rule.iter().all(|c| !c.except) && rule.iter().any(|c| c.covers(clause))
-            })
+            || before
+                .iter()
+                .any(|rule| rule.iter().all(|c| !c.except) && rule.iter().any(|c| c.covers(clause)))
     };
     if !before.is_empty() && spec.clauses.iter().all(unreachable) {
         planned.warnings.push(format!(
@@ -701,7 +726,8 @@ fn median_rtt(netns: &Netns, clauses: &[Clause]) -> Option<Duration> {
         matches!(clause.protocol, None | Some(Protocol::Tcp))
             && within(&clause.peer_ports, socket.peer)
             && within(&clause.local_ports, socket.local)
-            && (clause.cidrs.is_empty() || host.is_some_and(|host| clause.cidrs.iter().any(|c| c.covers(&host))))
+            && (clause.cidrs.is_empty()
+                || host.is_some_and(|host| clause.cidrs.iter().any(|c| c.covers(&host))))
     };
     let mut rtts: Vec<Duration> = sockets
         .iter()
@@ -727,9 +753,8 @@ fn revert(undo: &Undo) -> Result<()> {
         let present = netlink.interfaces()?;
         for interface in left {
             let there = present.iter().any(|i| i.index == interface.index && i.name == interface.name);
-            clean(&mut netlink, interface, there).with_context(|| {
-                format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode)
-            })?;
+            clean(&mut netlink, interface, there)
+                .with_context(|| format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode))?;
         }
         Ok(())
     })

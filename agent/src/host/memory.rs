@@ -2,6 +2,13 @@
 
 use std::{io, ptr};
 
+/// Keeps the allocator to one arena. glibc's has one for each thread otherwise, and what loading the eBPF programs took
+/// and gave back would stay resident in several: 25 MB instead of 5 for an idle agent. To be called before any thread.
+pub fn one_arena() {
+    // SAFETY: the call takes two numbers. Where it fails the allocator stays as it is.
+    let _unchanged = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Address space reserved once, of which the first [`Region::held`] bytes are resident.
 ///
 /// Not huge pages: a step of the ramp must not bring more memory than it asked for.

@@ -45,6 +45,16 @@ impl Netns {
         Ok((file.metadata()?.ino() == inode).then_some(Self { file, inode }))
     }
 
+    /// A new namespace, which ends when this is dropped.
+    pub fn scratch() -> Result<Self> {
+        run_in_new(|| {
+            let file =
+                File::open("/proc/thread-self/ns/net").context("opening a network namespace just made")?;
+            let inode = file.metadata()?.ino();
+            Ok(Self { file, inode })
+        })
+    }
+
     /// The inode that identifies the namespace.
     #[must_use]
     pub fn inode(&self) -> u64 {

@@ -299,7 +299,8 @@ impl Queue {
             if self.read(&mut buffer)? {
                 continue;
             }
-            let next = self.held.peek().map(|Reverse(next)| Duration::from_nanos(next.due.saturating_sub(now())));
+            let next =
+                self.held.peek().map(|Reverse(next)| Duration::from_nanos(next.due.saturating_sub(now())));
             let wait = next.map_or(BEAT, |next| next.min(BEAT));
             let mut fds = [
                 PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
@@ -444,9 +445,7 @@ impl Queue {
             Task::Reset => match frame::resets(&packet.frame[VNET..]) {
                 Some([back, onward]) => {
                     let onward = [&[0; VNET][..], &onward].concat();
-                    self.answer(&back)
-                        .and_then(|()| (&self.file).write(&onward))
-                        .map(|_| rule.reset.add(1))
+                    self.answer(&back).and_then(|()| (&self.file).write(&onward)).map(|_| rule.reset.add(1))
                 }
                 None => self.send(&packet),
             },
@@ -543,14 +542,8 @@ mod tests {
 
     #[test]
     fn packets_leave_by_time_then_in_order() {
-        let held = |due, sequence| Held {
-            due,
-            sequence,
-            arrived: 0,
-            rule: 0,
-            task: Task::Send,
-            frame: Vec::new(),
-        };
+        let held =
+            |due, sequence| Held { due, sequence, arrived: 0, rule: 0, task: Task::Send, frame: Vec::new() };
         let mut heap: BinaryHeap<_> =
             [(5, 1), (3, 2), (5, 0), (3, 1)].map(|(d, s)| Reverse(held(d, s))).into();
         let mut order = Vec::new();

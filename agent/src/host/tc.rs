@@ -11,8 +11,8 @@ use rtnetlink::{
     packet_route::{
         RouteNetlinkMessage,
         link::{
-            AfSpecUnspec, AfSpecInet6, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags,
-            LinkInfo, LinkLayerType, LinkMessage,
+            AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
+            LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
         },
         tc::{TcAttribute, TcHandle, TcHeader, TcMessage, TcOption, TcStats2},
     },
@@ -86,7 +86,8 @@ impl Netlink {
         };
         let mut link = end(names[0]);
         let peer = InfoData::Veth(InfoVeth::Peer(end(names[1])));
-        link.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
+        link.attributes
+            .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
         self.call(RouteNetlinkMessage::NewLink(link), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
             .with_context(|| format!("making the veth pair {} and {}", names[0], names[1]))?;
         let all = self.interfaces()?;
@@ -309,11 +310,7 @@ fn interface(link: &LinkMessage) -> Interface {
 }
 
 fn qdisc(message: &TcMessage) -> Qdisc {
-    let mut qdisc = Qdisc {
-        kind: String::new(),
-        parent: message.header.parent,
-        packets: 0,
-    };
+    let mut qdisc = Qdisc { kind: String::new(), parent: message.header.parent, packets: 0 };
     for attribute in &message.attributes {
         match attribute {
             TcAttribute::Kind(kind) => qdisc.kind.clone_from(kind),

@@ -35,7 +35,9 @@ impl Network {
         };
         let list = |field: &str, peers: &[v1::Peer]| {
             let peers = peers.iter().enumerate();
-            peers.map(|(i, peer)| peer_of(&format!("{field}[{i}]"), peer, egress, ingress)).collect::<Result<Vec<_>, _>>()
+            peers
+                .map(|(i, peer)| peer_of(&format!("{field}[{i}]"), peer, egress, ingress))
+                .collect::<Result<Vec<_>, _>>()
         };
         let mut peers = list("network.peers", &asked.peers)?;
         let mut except = list("network.except", &asked.except)?;
@@ -88,7 +90,12 @@ impl Network {
                     None | Some(Protocol::Tcp) => peer.clause.protocol = Some(Protocol::Tcp),
                     Some(_) => {
                         let field = format!("network.peers[{i}].protocol");
-                        return Err(Invalid::new(field, "not tcp", "only TCP has connections to end", "leave it out"));
+                        return Err(Invalid::new(
+                            field,
+                            "not tcp",
+                            "only TCP has connections to end",
+                            "leave it out",
+                        ));
                     }
                 }
             }
@@ -140,7 +147,12 @@ fn alone(asked: &v1::NetworkFault) -> Result<(), Invalid> {
     }
     let others = others.join(" and ");
     let problem = "every packet it is about ends there, so nothing else acts";
-    Err(Invalid::new(format!("network.{first}"), format!("with {others}"), problem, format!("leave out {others}, or {first}")))
+    Err(Invalid::new(
+        format!("network.{first}"),
+        format!("with {others}"),
+        problem,
+        format!("leave out {others}, or {first}"),
+    ))
 }
 
 fn delay(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(Option<Quantiles>, u64), Invalid> {
@@ -160,11 +172,21 @@ fn delay(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(Option<Q
     let wild = matches!(distribution, v1::Distribution::Unspecified | v1::Distribution::Uniform);
     if jitter.is_zero() && (!wild || delay.correlation > 0.0 || delay.keep_order) {
         let fix = "give a jitter, or leave out distribution, correlation and keep_order";
-        return Err(Invalid::new("network.delay.jitter", "0", "without it no delay differs from another", fix));
+        return Err(Invalid::new(
+            "network.delay.jitter",
+            "0",
+            "without it no delay differs from another",
+            fix,
+        ));
     }
     if delay.keep_order && delay.correlation > 0.0 {
         let fix = "choose one of them";
-        return Err(Invalid::new("network.delay.keep_order", true, "the order changes what is correlated", fix));
+        return Err(Invalid::new(
+            "network.delay.keep_order",
+            true,
+            "the order changes what is correlated",
+            fix,
+        ));
     }
     let own = distribution == v1::Distribution::Table;
     if own == delay.table.is_empty() {
@@ -228,7 +250,12 @@ fn loss(asked: &v1::NetworkFault, action: Action<u64>) -> Result<Action<u64>, In
         for (names, sum) in [("p13 + p14", p13 + p14), ("p31 + p32", p31 + p32)] {
             if sum > 1.0 + 1e-9 {
                 let fix = "they leave the same state, so together they are at most 1";
-                return Err(Invalid::new(field("four_state"), format!("{names} = {sum}"), "more than certain", fix));
+                return Err(Invalid::new(
+                    field("four_state"),
+                    format!("{names} = {sum}"),
+                    "more than certain",
+                    fix,
+                ));
             }
         }
         return Ok(action.with_four_states(p13, p31, p32, p23, p14));
@@ -267,18 +294,29 @@ fn rate(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(), Invali
         let fix = "write 1 kbit/s to 100 Gbit/s, or a partition for nothing at all";
         return Err(Invalid::new("network.rate.bits_per_second", bits, "not a rate that can be kept", fix));
     }
-    let time = |bytes: u64| (u128::from(bytes) * 8_000_000_000 / u128::from(bits)).min(u128::from(u64::MAX)) as u64;
+    let time =
+        |bytes: u64| (u128::from(bytes) * 8_000_000_000 / u128::from(bits)).min(u128::from(u64::MAX)) as u64;
     let limit = if rate.limit_bytes == 0 { DEFAULT_LIMIT } else { rate.limit_bytes };
     for (name, bytes) in [("burst_bytes", rate.burst_bytes), ("limit_bytes", rate.limit_bytes)] {
         if time(bytes) > LONGEST_DELAY.as_nanos() as u64 {
             let most = u128::from(bits) / 8 * u128::from(LONGEST_DELAY.as_secs());
             let problem = format!("at this rate it lasts longer than {LONGEST_DELAY:?}");
-            return Err(Invalid::new(format!("network.rate.{name}"), bytes, problem, format!("at most {most}")));
+            return Err(Invalid::new(
+                format!("network.rate.{name}"),
+                bytes,
+                problem,
+                format!("at most {most}"),
+            ));
         }
     }
     if rate.overhead_bytes.unsigned_abs() > 1500 {
         let fix = "-1500 to 1500";
-        return Err(Invalid::new("network.rate.overhead_bytes", rate.overhead_bytes, "larger than a packet", fix));
+        return Err(Invalid::new(
+            "network.rate.overhead_bytes",
+            rate.overhead_bytes,
+            "larger than a packet",
+            fix,
+        ));
     }
     action.byte_time = ((8_000_000_000_u128 << 24) / u128::from(bits)) as u64;
     action.burst = time(rate.burst_bytes);
@@ -311,7 +349,12 @@ fn dns_of(dns: &v1::Dns, peers: &mut [Peer]) -> Result<Dns, Invalid> {
     let delay = Duration::from_nanos(dns.delay_ns);
     if delay > LONGEST_DELAY {
         let fix = format!("at most {LONGEST_DELAY:?}");
-        return Err(Invalid::new("network.dns.delay", format!("{delay:?}"), "longer than a packet can be held", fix));
+        return Err(Invalid::new(
+            "network.dns.delay",
+            format!("{delay:?}"),
+            "longer than a packet can be held",
+            fix,
+        ));
     }
     let answer = match dns.answer() {
         v1::DnsAnswer::Nxdomain => DnsAnswer::NxDomain,
@@ -320,7 +363,12 @@ fn dns_of(dns: &v1::Dns, peers: &mut [Peer]) -> Result<Dns, Invalid> {
         v1::DnsAnswer::Addresses => DnsAnswer::Addresses(addresses),
         v1::DnsAnswer::Forward if delay.is_zero() => {
             let fix = "give a delay, or another answer";
-            return Err(Invalid::new("network.dns.delay", 0, "a query that goes on at once is not hurt", fix));
+            return Err(Invalid::new(
+                "network.dns.delay",
+                0,
+                "a query that goes on at once is not hurt",
+                fix,
+            ));
         }
         v1::DnsAnswer::Forward => DnsAnswer::Forward,
         v1::DnsAnswer::Unspecified => {
@@ -345,7 +393,12 @@ fn dns_of(dns: &v1::Dns, peers: &mut [Peer]) -> Result<Dns, Invalid> {
 fn peer_of(field: &str, peer: &v1::Peer, egress: bool, ingress: bool) -> Result<Peer, Invalid> {
     let cidrs = peer.cidrs.iter().enumerate().map(|(j, text)| {
         text.parse::<Cidr>().map_err(|problem| {
-            Invalid::new(format!("{field}.cidrs[{j}]"), text, problem, "write it like 10.0.0.7/32 or fd00::/64")
+            Invalid::new(
+                format!("{field}.cidrs[{j}]"),
+                text,
+                problem,
+                "write it like 10.0.0.7/32 or fd00::/64",
+            )
         })
     });
     let ports = |name: &str, ranges: &[v1::PortRange]| {

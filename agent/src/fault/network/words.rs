@@ -127,8 +127,11 @@ fn loss(loss: &v1::Loss) -> String {
     if loss.every > 0 {
         return format!("loss of one packet in {}", loss.every);
     }
-    let correlated =
-        if loss.correlation > 0.0 { format!(" correlation {}", percent(loss.correlation)) } else { String::new() };
+    let correlated = if loss.correlation > 0.0 {
+        format!(" correlation {}", percent(loss.correlation))
+    } else {
+        String::new()
+    };
     format!("loss {}{correlated}", percent(loss.ratio))
 }
 
@@ -159,7 +162,10 @@ fn chance(chance: &v1::Chance) -> String {
 fn metric(number: u64) -> String {
     let units = [(1_000_000_000, "G"), (1_000_000, "M"), (1_000, "k")];
     let unit = units.into_iter().find(|(unit, _)| number >= *unit && number.is_multiple_of(unit / 1000));
-    unit.map_or_else(|| format!("{number} "), |(unit, letter)| format!("{} {letter}", number as f64 / unit as f64))
+    unit.map_or_else(
+        || format!("{number} "),
+        |(unit, letter)| format!("{} {letter}", number as f64 / unit as f64),
+    )
 }
 
 fn percent(ratio: f64) -> String {
@@ -272,7 +278,9 @@ pub(super) fn describe(support: &Support) -> v1::FaultSupport {
     let held = match (&support.no_line, &support.no_tap) {
         (None, _) => (holder_name(Holder::Line).to_owned(), None),
         (Some(_), None) => (holder_name(Holder::Tap).to_owned(), None),
-        (Some(line), Some(tap)) => (String::new(), Some(format!("no sch_fq ({line}), and no TAP queue ({tap})"))),
+        (Some(line), Some(tap)) => {
+            (String::new(), Some(format!("no sch_fq ({line}), and no TAP queue ({tap})")))
+        }
     };
     let queue = || {
         let reason = support.no_tap.as_ref().map(|tap| format!("no TAP queue ({tap})"));
@@ -287,8 +295,13 @@ pub(super) fn describe(support: &Support) -> v1::FaultSupport {
         let (mechanism, reason) = queue();
         features.push(feature(name, mechanism, reason));
     }
-    let sockets = (!support.cgroups).then(|| "the kernel does not know the cgroup (v2) of a socket".to_owned());
-    features.push(feature("sockets", if sockets.is_none() { "cgroup v2".to_owned() } else { String::new() }, sockets));
+    let sockets =
+        (!support.cgroups).then(|| "the kernel does not know the cgroup (v2) of a socket".to_owned());
+    features.push(feature(
+        "sockets",
+        if sockets.is_none() { "cgroup v2".to_owned() } else { String::new() },
+        sockets,
+    ));
     v1::FaultSupport { kind: Network::KIND.to_owned(), available: true, features, reason: String::new() }
 }
 
