@@ -34,8 +34,8 @@ use squall_common::{
     matching::{self, Lookup},
     packet::{self, Address, Packet},
     table::{
-        Bucket, CGROUPS, CIDRS, Dimension, Direction, FLOWS, Flow, HISTOGRAM, Lane, QUANTILES, RULES, Rule,
-        SETS, TABLES, Table,
+        Bucket, CGROUPS, CIDRS, Dimension, Direction, ENDPOINTS, FLOWS, Flow, HISTOGRAM, Lane, QUANTILES,
+        RULES, Rule, SETS, TABLES, Table, endpoint,
     },
     tap::{self, Job},
 };
@@ -77,6 +77,10 @@ static FLOW_TABLE: LruHashMap<u64, Flow> = LruHashMap::with_max_entries(FLOWS, 0
 /// The cgroup (v2) of the socket that sends the packets of a flow.
 #[map]
 static FLOW_OWNERS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(FLOWS, 0);
+
+/// The cgroup (v2) that listens, by [`endpoint`].
+#[map]
+static PORT_OWNERS: HashMap<u32, u64> = HashMap::with_max_entries(ENDPOINTS, 0);
 
 struct Maps<'a> {
     skb: &'a Skb<'a>,
@@ -129,12 +133,19 @@ impl Lookup for Maps<'_> {
         }
         match self.hook {
             Direction::Egress => cgroup_set(self.skb.cgroup_id()),
-            // An arriving packet has no socket yet. It is whoever's the flow is that left here.
-            // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
-            Direction::Ingress => match unsafe { FLOW_OWNERS.get(&self.packet.flow()) } {
-                Some(id) => cgroup_set(*id),
-                None => 0,
-            },
+            Direction::Ingress => {
+                // An arriving packet has no socket yet. It is whoever's the flow is that left here, or who listens.
+                // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
+                if let Some(id) = unsafe { FLOW_OWNERS.get(&self.packet.flow()) } {
+                    return cgroup_set(*id);
+                }
+                let port = self.packet.port_pair.get().unwrap_or(0) & 0xffff;
+                // SAFETY: as above.
+                match unsafe { PORT_OWNERS.get(&endpoint(self.packet.kind, port)) } {
+                    Some(id) => cgroup_set(*id),
+                    None => 0,
+                }
+            }
         }
     }
 }
@@ -547,6 +558,7 @@ pub fn squall_line_in(ctx: TcContext) -> i32 {
         bucket.sum.add(delay);
     }
     skb.set_note(table, Note::new(0, 0, 0, 0));
+    skb.set_ours();
     // A packet that went in at one end comes out of the other.
     let came_out = u64::from(skb.ifindex());
     let to = table.ifindex.load() as u32;
@@ -585,6 +597,7 @@ pub fn squall_tap_in(ctx: TcContext) -> i32 {
     let lane = |lane: Lane, hook: Direction| table.lane[lane.index(hook)].load() == from;
     let segment = lane(Lane::Segment, Direction::Egress) || lane(Lane::Segment, Direction::Ingress);
     skb.set_note(table, Note::new(0, if segment { Note::SEGMENT } else { 0 }, 0, 0));
+    skb.set_ours();
     let egress = |l: Lane| lane(l, Direction::Egress);
     let ingress = |l: Lane| lane(l, Direction::Ingress);
     if egress(Lane::Hold) || egress(Lane::Work) || egress(Lane::Segment) {

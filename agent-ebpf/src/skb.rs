@@ -9,7 +9,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS},
     helpers::{
         bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_skb_cgroup_id,
-        bpf_skb_change_head, bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_skb_change_head, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -189,6 +189,15 @@ impl<'a> Skb<'a> {
     #[inline(always)]
     pub(crate) fn clear_note(&self) {
         set_field!(self, 0, cb[0]);
+    }
+
+    /// Makes the packet one for this host. On our devices it was somebody else's, and the loopback interface, which takes what
+    /// leaves it for what arrives, would keep it so (`eth_type_trans`, Linux 6.1 net/ethernet/eth.c).
+    #[inline(always)]
+    pub(crate) fn set_ours(&self) {
+        const PACKET_HOST: u32 = 0;
+        // SAFETY: the context is valid; the helper only compares and stores a number.
+        let _same_type = unsafe { bpf_skb_change_type(self.ptr, PACKET_HOST) };
     }
 
     /// Makes the packet a flow of its own.

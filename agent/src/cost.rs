@@ -1,6 +1,6 @@
 //! `squall-agent cost`: what packets pay on this node that no fault is about, measured with the programs themselves.
 
-use std::net::Ipv4Addr;
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use anyhow::{Result, anyhow};
 use etherparse::PacketBuilder;
@@ -42,6 +42,7 @@ pub fn main(args: &Args) -> Result<()> {
             action: Action::new(1).with_loss(1.0, 0.0),
             quantiles: None,
             dns: None,
+            endpoints: BTreeMap::new(),
         })
     };
     let specs: Option<Vec<Spec>> = (0..args.rules).map(rule).collect();

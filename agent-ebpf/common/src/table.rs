@@ -101,6 +101,16 @@ pub const CGROUPS: u32 = 4096;
 /// Flows that are remembered, all rules of a port together; the least recently seen is forgotten first.
 pub const FLOWS: u32 = 65536;
 
+/// Ports on which cgroups that rules name listen.
+pub const ENDPOINTS: u32 = 4096;
+
+/// A port of this host under a [`crate::packet::Protocol`], as one number.
+#[inline(always)]
+#[must_use]
+pub const fn endpoint(kind: u64, port: u32) -> u32 {
+    (kind as u32) << 16 | port
+}
+
 /// What a clause can ask for by a small number. The map of sets has one set of clauses for each value of each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]

@@ -23,6 +23,7 @@ use squall_common::{
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, Ports},
+    table::endpoint,
 };
 use squall_proto::v1;
 use tokio::{
@@ -117,6 +118,35 @@ impl UndoInterface {
     }
 }
 
+/// A cgroup whose sockets alone are meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sockets {
+    path: PathBuf,
+    /// Ids of it and of all below it.
+    ids: Vec<u64>,
+    /// Where they listen: id by [`endpoint`].
+    endpoints: BTreeMap<u32, u64>,
+}
+
+impl Sockets {
+    fn of(path: PathBuf, netns: &Netns) -> Self {
+        let ids = cgroups_below(&path);
+        let listeners = sockets::listeners(netns).unwrap_or_else(|error| {
+            tracing::warn!(
+                "packets that open a connection to the target will not be known as its own: {error:#}"
+            );
+            Vec::new()
+        });
+        let of_target = |listener: sockets::Listener| {
+            let id = listener.cgroup.filter(|id| ids.contains(id))?;
+            let kind = if listener.tcp { Protocol::Tcp } else { Protocol::Udp };
+            Some((endpoint(kind as u64, listener.port.into()), id))
+        };
+        let endpoints = listeners.into_iter().filter_map(of_target).collect();
+        Self { path, ids, endpoints }
+    }
+}
+
 /// Addresses by host name.
 type Names = BTreeMap<String, Vec<IpAddr>>;
 
@@ -144,8 +174,8 @@ struct Live {
     fault: Network,
     seed: u64,
     names: Names,
-    /// The target's cgroup, where only its sockets are meant, and the ids of all below it.
-    cgroup: Option<(PathBuf, Vec<u64>)>,
+    /// The target's cgroup, where only its sockets are meant.
+    cgroup: Option<Sockets>,
     /// Whether the interfaces are the node's own.
     node: bool,
 }
@@ -165,9 +195,8 @@ fn lock(live: &Mutex<Live>) -> MutexGuard<'_, Live> {
 impl Live {
     /// Writes the rules anew.
     fn apply(&self) -> Result<()> {
-        let ids = self.cgroup.as_ref().map(|(_, ids)| ids.as_slice());
         for (i, rule) in self.rules.iter().enumerate() {
-            rule.change(self.fault.spec(self.seed, i, &self.names, ids, self.node))?;
+            rule.change(self.fault.spec(self.seed, i, &self.names, self.cgroup.as_ref(), self.node))?;
         }
         Ok(())
     }
@@ -308,13 +337,13 @@ impl Fault for Network {
 
 impl Network {
     /// The rule for the n-th interface. Interfaces draw from different sequences.
-    fn spec(&self, seed: u64, n: usize, names: &Names, cgroups: Option<&[u64]>, node: bool) -> Spec {
+    fn spec(&self, seed: u64, n: usize, names: &Names, sockets: Option<&Sockets>, node: bool) -> Spec {
         let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
         clauses.extend(self.lifelines(node));
         clauses.extend(
             self.clauses(names)
                 .into_iter()
-                .map(|clause| Clause { cgroups: cgroups.map(<[u64]>::to_vec), ..clause }),
+                .map(|clause| Clause { cgroups: sockets.map(|sockets| sockets.ids.clone()), ..clause }),
         );
         let seed = if n == 0 { seed } else { hash(seed, n as u64, 0) };
         Spec {
@@ -322,6 +351,7 @@ impl Network {
             action: Action { seed, ..self.action.clone() },
             quantiles: self.quantiles.clone(),
             dns: self.dns.clone(),
+            endpoints: sockets.map(|sockets| sockets.endpoints.clone()).unwrap_or_default(),
         }
     }
 
@@ -481,7 +511,8 @@ impl Network {
                 .changes
                 .push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
         }
-        let spec = self.spec(seed, 0, &names, cgroup.as_ref().map(|_| [].as_slice()), netns.own && !outside);
+        let cgroup = cgroup.map(|path| Sockets { path, ids: Vec::new(), endpoints: BTreeMap::new() });
+        let spec = self.spec(seed, 0, &names, cgroup.as_ref(), netns.own && !outside);
         let mut mechanisms = vec![hook_name(support.hook).to_owned()];
         Netns::open(&netns)?.run(|| {
             let mut netlink = Netlink::open()?;
@@ -524,10 +555,7 @@ impl Network {
         let resolver = Resolver::new(Arc::clone(&inner), Files::of(target));
         let names = self.resolve(&resolver)?;
         let rtt = median_rtt(&inner, &self.clauses(&names));
-        let cgroup = self.cgroup_of(target)?.map(|path| {
-            let ids = cgroups_below(&path);
-            (path, ids)
-        });
+        let cgroup = self.cgroup_of(target)?.map(|path| Sockets::of(path, &inner));
         let (place, node) = if undo.netns_inode == netns.inode {
             (Arc::clone(&inner), netns.own)
         } else {
@@ -541,8 +569,7 @@ impl Network {
                 .iter()
                 .find(|interface| interface.index == planned.index && interface.name == planned.name)
                 .ok_or_else(|| anyhow!("{} is gone since the injection was planned", planned.name))?;
-            let ids = live.cgroup.as_ref().map(|(_, ids)| ids.as_slice());
-            let spec = self.spec(undo.seed, i, &live.names, ids, node);
+            let spec = self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), node);
             live.rules.push(Owned::add(support, &place, interface, planned.outside, spec, window)?);
         }
         Ok(Injected { live, netns: inner, rtt, resolver })
@@ -687,7 +714,7 @@ async fn refresh(live: Weak<Mutex<Live>>, resolver: Resolver) {
             let Some(now) = live.upgrade() else { return Ok(false) };
             let (mut names, path) = {
                 let live = lock(&now);
-                (live.names.clone(), live.cgroup.as_ref().map(|(path, _)| path.clone()))
+                (live.names.clone(), live.cgroup.as_ref().map(|sockets| sockets.path.clone()))
             };
             drop(now);
             for (name, addresses) in &mut names {
@@ -696,10 +723,7 @@ async fn refresh(live: Weak<Mutex<Live>>, resolver: Resolver) {
                     Err(error) => tracing::debug!("{name} keeps its last addresses: {error:#}"),
                 }
             }
-            let cgroup = path.map(|path| {
-                let ids = cgroups_below(&path);
-                (path, ids)
-            });
+            let cgroup = path.map(|path| Sockets::of(path, resolver.netns()));
             let Some(now) = live.upgrade() else { return Ok(false) };
             let mut live = lock(&now);
             if live.names != names || live.cgroup != cgroup {

@@ -112,6 +112,7 @@ pub struct Programs {
     delays: Arc<Mapped<[Bucket; HISTOGRAM]>>,
     distributions: Array<MapData, [i16; QUANTILES]>,
     cgroups: HashMap<MapData, u64, u64>,
+    endpoints: HashMap<MapData, u32, u64>,
     v4: LpmTrie<MapData, [u8; 4], u64>,
     v6: LpmTrie<MapData, [u8; 16], u64>,
     logger: AbortHandle,
@@ -203,11 +204,23 @@ impl Programs {
         let delays = Arc::new(Mapped::new(map("DELAYS")?)?);
         let distributions = Array::try_from(map("DISTRIBUTIONS")?)?;
         let cgroups = HashMap::try_from(map("CGROUP_SETS")?)?;
+        let endpoints = HashMap::try_from(map("PORT_OWNERS")?)?;
         let v4 = LpmTrie::try_from(map("PEERS_V4")?)?;
         let v6 = LpmTrie::try_from(map("PEERS_V6")?)?;
         let logger = forward_log(&mut ebpf)?;
-        let mut programs =
-            Self { ebpf, table, sets, delays, distributions, cgroups, v4, v6, logger, links: Vec::new() };
+        let mut programs = Self {
+            ebpf,
+            table,
+            sets,
+            delays,
+            distributions,
+            cgroups,
+            endpoints,
+            v4,
+            v6,
+            logger,
+            links: Vec::new(),
+        };
         for (index, quantiles) in [&*NORMAL, &*PARETO, &*PARETONORMAL].into_iter().enumerate() {
             programs.write_quantiles(index, quantiles)?;
         }
@@ -236,6 +249,18 @@ impl Programs {
         match self.cgroups.remove(&id) {
             Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
             Err(error) => Err(error).with_context(|| format!("removing cgroup {id} from the map")),
+        }
+    }
+
+    /// Says which cgroup listens on a port; `None`: nobody of interest.
+    pub fn set_endpoint(&mut self, endpoint: u32, cgroup: Option<u64>) -> Result<()> {
+        let done = match cgroup {
+            Some(cgroup) => self.endpoints.insert(endpoint, cgroup, 0),
+            None => self.endpoints.remove(&endpoint),
+        };
+        match done {
+            Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
+            Err(error) => Err(error).context("writing the map of who listens"),
         }
     }
 

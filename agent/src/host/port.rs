@@ -163,6 +163,8 @@ pub struct Spec {
     pub quantiles: Option<Quantiles>,
     /// What it says about DNS.
     pub dns: Option<Dns>,
+    /// Where the cgroups of its clauses listen: cgroup by [`endpoint`](squall_common::table::endpoint).
+    pub endpoints: BTreeMap<u32, u64>,
 }
 
 impl Spec {
@@ -477,6 +479,9 @@ struct Port {
     rules: [bool; RULES],
     trie: BTreeMap<Cidr, u64>,
     cgroups: BTreeMap<u64, u64>,
+    /// By rule, then all together as they are in the map.
+    endpoints: BTreeMap<usize, BTreeMap<u32, u64>>,
+    listening: BTreeMap<u32, u64>,
 }
 
 impl Port {
@@ -508,6 +513,8 @@ impl Port {
             rules: [false; RULES],
             trie: BTreeMap::new(),
             cgroups: BTreeMap::new(),
+            endpoints: BTreeMap::new(),
+            listening: BTreeMap::new(),
         })
     }
 
@@ -570,7 +577,7 @@ impl Port {
         }
         lock(&self.desk.dns).remove(&rule);
         self.rules[rule] = false;
-        Ok(())
+        self.write_endpoints(rule, BTreeMap::new())
     }
 
     fn write_action(&mut self, rule: usize, spec: &Spec) -> Result<()> {
@@ -583,6 +590,21 @@ impl Port {
             None => lock(&self.desk.dns).remove(&rule),
         };
         self.desk.table.rules[rule].action.store(&action);
+        self.write_endpoints(rule, spec.endpoints.clone())
+    }
+
+    fn write_endpoints(&mut self, rule: usize, endpoints: BTreeMap<u32, u64>) -> Result<()> {
+        self.endpoints.insert(rule, endpoints);
+        let all: BTreeMap<u32, u64> = self.endpoints.values().flatten().map(|(&e, &id)| (e, id)).collect();
+        for (endpoint, id) in &all {
+            if self.listening.get(endpoint) != Some(id) {
+                self.programs.set_endpoint(*endpoint, Some(*id))?;
+            }
+        }
+        for endpoint in self.listening.keys().filter(|endpoint| !all.contains_key(endpoint)) {
+            self.programs.set_endpoint(*endpoint, None)?;
+        }
+        self.listening = all;
         Ok(())
     }
 
@@ -1205,7 +1227,7 @@ mod tests {
             for (clauses, action, on) in rules {
                 let mut clauses = clauses;
                 clauses.sort_by_key(|clause| !clause.except);
-                let spec = Spec { clauses, action, quantiles: None, dns: None };
+                let spec = Spec { clauses, action, quantiles: None, dns: None, endpoints: BTreeMap::new() };
                 let window = if on { ALWAYS } else { Window { until: BootTime(0), ..ALWAYS } };
                 let rule = port.add(spec.clone(), window).expect("added");
                 models.push((rule, Model::new(&spec, window)));

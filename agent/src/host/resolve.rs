@@ -114,6 +114,12 @@ fn read_in(root: &Path, file: &Path) -> Result<Option<String>> {
 }
 
 impl Resolver {
+    /// The namespace in which it asks.
+    #[must_use]
+    pub fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
     /// Asks from this namespace the servers that these files name.
     #[must_use]
     pub fn new(netns: Arc<Netns>, files: Files) -> Self {

@@ -48,7 +48,7 @@ pub fn established(netns: &Netns) -> Result<Vec<TcpSocket>> {
     let list = || {
         let mut sockets = Vec::new();
         for family in [libc::AF_INET, libc::AF_INET6] {
-            dump(family as u8, &mut sockets)?;
+            dump(request(family as u8, libc::IPPROTO_TCP as u8, TCP_ESTABLISHED), &mut sockets, parse)?;
         }
         Ok(sockets)
     };
@@ -65,21 +65,57 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 /// `TCP_ESTABLISHED` [include/net/tcp_states.h, 6.1].
 const TCP_ESTABLISHED: u32 = 1;
 
+/// `TCP_LISTEN`, and `TCP_CLOSE`, which is the state of a UDP socket without a peer.
+const TCP_LISTEN: u32 = 10;
+const TCP_CLOSE: u32 = 7;
+
+/// A port on which a socket takes packets from anybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listener {
+    /// TCP; otherwise UDP.
+    pub tcp: bool,
+    /// The port.
+    pub port: u16,
+    /// The id of the socket's cgroup (v2), from Linux 5.9 on.
+    pub cgroup: Option<u64>,
+}
+
+/// The listening TCP and unconnected UDP sockets of a namespace, IPv4 and IPv6, at most [`MOST`] of each.
+///
+/// Fails where the namespace cannot be entered, or the kernel has no tcp_diag or no udp_diag.
+pub fn listeners(netns: &Netns) -> Result<Vec<Listener>> {
+    let list = || {
+        let mut listeners = Vec::new();
+        for (protocol, state) in [(libc::IPPROTO_TCP, TCP_LISTEN), (libc::IPPROTO_UDP, TCP_CLOSE)] {
+            for family in [libc::AF_INET, libc::AF_INET6] {
+                let mut some = Vec::new();
+                dump(request(family as u8, protocol as u8, state), &mut some, |body| {
+                    let port = u16::from_be_bytes(field(body, 4)?);
+                    Some(Listener { tcp: protocol == libc::IPPROTO_TCP, port, cgroup: cgroup(body) })
+                })?;
+                listeners.extend(some);
+            }
+        }
+        Ok(listeners)
+    };
+    netns.run(list).with_context(|| format!("listing who listens in net:[{}]", netns.inode()))
+}
+
 /// `struct inet_diag_req_v2`: family, protocol, extensions, states, and an empty socket identity, which matches any.
-fn request(family: u8) -> Vec<u8> {
-    let mut request = vec![family, libc::IPPROTO_TCP as u8, 1 << (INET_DIAG_INFO - 1), 0];
-    request.extend((1_u32 << TCP_ESTABLISHED).to_ne_bytes());
+fn request(family: u8, protocol: u8, state: u32) -> Vec<u8> {
+    let mut request = vec![family, protocol, 1 << (INET_DIAG_INFO - 1), 0];
+    request.extend((1_u32 << state).to_ne_bytes());
     request.resize(56, 0);
     request
 }
 
-/// Adds the sockets of one address family in the calling thread's namespace.
-fn dump(family: u8, sockets: &mut Vec<TcpSocket>) -> Result<()> {
+/// Adds what the sockets asked for in the calling thread's namespace say.
+fn dump<T>(request: Vec<u8>, sockets: &mut Vec<T>, parse: impl Fn(&[u8]) -> Option<T>) -> Result<()> {
     let mut netlink = Socket::new(NETLINK_SOCK_DIAG).context("opening a netlink socket")?;
     netlink.bind_auto().context("binding a netlink socket")?;
     netlink.connect(&sys::SocketAddr::new(0, 0)).context("connecting a netlink socket")?;
 
-    let mut message = NetlinkMessage::from(Body(request(family)));
+    let mut message = NetlinkMessage::from(Body(request));
     message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
@@ -121,12 +157,8 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
         };
         Some(SocketAddr::new(ip, u16::from_be_bytes(field(message, port)?)))
     };
-    let attribute = |kind: u16| {
-        let mut all = NlasIterator::new(attributes).filter_map(Result::ok);
-        all.find(|nla| nla.kind() == kind).map(|nla| nla.value().to_vec())
-    };
     // Offsets in struct tcp_info [include/uapi/linux/tcp.h, 6.1]; the kernel only ever adds at its end.
-    let info = attribute(INET_DIAG_INFO)?;
+    let info = attribute(attributes, INET_DIAG_INFO)?;
     Some(TcpSocket {
         local: end(4, 8)?,
         peer: end(6, 24)?,
@@ -136,8 +168,19 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
         // Two 32-bit words, the lower one first [sock_diag_save_cookie in net/core/sock_diag.c, 6.1].
         cookie: u64::from(u32::from_ne_bytes(field(message, 44)?))
             | u64::from(u32::from_ne_bytes(field(message, 48)?)) << 32,
-        cgroup: attribute(INET_DIAG_CGROUP_ID).and_then(|id| Some(u64::from_ne_bytes(field(&id, 0)?))),
+        cgroup: cgroup(body),
     })
+}
+
+fn attribute(attributes: &[u8], kind: u16) -> Option<Vec<u8>> {
+    let mut all = NlasIterator::new(attributes).filter_map(Result::ok);
+    all.find(|nla| nla.kind() == kind).map(|nla| nla.value().to_vec())
+}
+
+/// The id of a socket's cgroup, behind its `struct inet_diag_msg`.
+fn cgroup(body: &[u8]) -> Option<u64> {
+    let id = attribute(body.get(INET_DIAG_MSG..)?, INET_DIAG_CGROUP_ID)?;
+    Some(u64::from_ne_bytes(field(&id, 0)?))
 }
 
 fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
