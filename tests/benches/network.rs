@@ -14,7 +14,7 @@ use std::{env, time::Duration};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use side::{
-    Duel, FAR, MS, PORT, Side, at_once, corrupt, delay, duplicate, figure, jitter, leaving, loss, of_port,
+    Duel, FAR, PORT, Side, at_once, corrupt, delay, duplicate, figure, jitter, leaving, loss, of_port,
     of_the_probe, rate, reorder, shape, wire_bytes,
 };
 use squall_lab::{
@@ -708,27 +708,28 @@ async fn live(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
         ..Probe::default()
     };
     let flight = probe.start(&duel.lab.near, &duel.lab.far, FAR)?;
-    let mut returned = Vec::new();
+    let mut calls = Vec::new();
     for n in 0..changes {
         tokio::time::sleep(HOLD).await;
+        let called = monotonic()?;
         duel.update(&injection.id, ways[(n as usize + 1) % 2].clone()).await?;
-        returned.push(monotonic()?);
+        calls.push((called, monotonic()?));
     }
     tokio::time::sleep(HOLD).await;
     ensure!(!flight.is_sent(), "the changes took longer than the stream");
     let same = duel.lab.near.tc("qdisc show")? == qdiscs;
     let seen = flight.finish()?;
     duel.revert(&injection.id).await?;
-    // How long after the RPC returned a packet left as before, at the most.
+    // How long after the RPC returned a packet was still sent as before, at the most: of the changes to the longer delay,
+    // since no stop of the machine makes a delay shorter.
     let mut late = 0.0_f64;
     let delays = seen.delays();
-    for (n, &at) in (0..).zip(&returned) {
-        let long = n % 2 == 0;
-        let until = returned.get(n + 1).copied().unwrap_or(at + HOLD.as_nanos() as u64) - 20 * MS;
+    for pair in calls.windows(2).step_by(2) {
+        let (returned, next) = (pair[0].1, pair[1].0);
         for (number, delay) in &delays {
             let sent = seen.sent[*number as usize];
-            if (at..until).contains(&sent) && (*delay >= 30.0) != long {
-                late = late.max((sent - at) as f64 / 1e6);
+            if (returned..next).contains(&sent) && *delay < 30.0 {
+                late = late.max((sent - returned) as f64 / 1e6);
             }
         }
     }

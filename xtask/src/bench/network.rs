@@ -28,7 +28,7 @@ pub(crate) struct Options {
     /// Measure on this host only: what it has no netem for is held to theory.
     #[arg(long)]
     host: bool,
-    /// Only the rows whose name contains this. Leaves the page in docs/ as it is.
+    /// Only the rows whose name contains this word; the page keeps the others as they were measured before.
     #[arg(long)]
     only: Option<String>,
     /// Fewer packets and seconds. Leaves the page in docs/ as it is.
@@ -67,7 +67,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if options.quick {
         args.push("--quick".to_owned());
     }
-    let whole = args.is_empty();
+    let keep = !options.quick;
     let mut all_measured = true;
     let kernels: &[String] = if options.host { &[] } else { &options.kernels };
     for series in kernels {
@@ -79,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         };
         let mut results = Results::new(series);
         all_measured &= vm::boot(series, &binaries, &job, |line| results.take(line))?;
-        results.show(whole)?;
+        results.show(keep)?;
     }
     if options.host {
         let mut command = Command::new(bench);
@@ -92,9 +92,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             results.take(&line);
         }
         all_measured &= child.wait()?.success();
-        results.show(whole)?;
+        results.show(keep)?;
     }
-    if whole {
+    if keep {
         let results = Results::all()?;
         fs::write(workspace().join("docs/network.md"), page(&results))?;
         plot::all(&workspace().join("docs"), &results)?;
@@ -123,15 +123,25 @@ impl Results {
         add("SQUALL-SERIES ", |results| &mut results.series);
     }
 
-    /// Prints the table, and keeps the results where they are whole.
-    fn show(&self, whole: bool) -> Result<()> {
+    /// Prints the table; and keeps the results, unless they were made quickly. Rows that were not measured stay.
+    fn show(mut self, keep: bool) -> Result<()> {
         println!("\n{}", self.table());
-        if !whole {
+        if !keep {
             return Ok(());
+        }
+        fs::create_dir_all(kept())?;
+        let before = Self::all()?.into_iter().find(|old| old.name == self.name && old.kernel == self.kernel);
+        if let Some(before) = before {
+            self.rows = merge(before.rows, self.rows, |row| row["row"].clone());
+            // A plot's line may be of several series, a point each.
+            self.series = merge(before.series, self.series, |series| {
+                let alone = series["points"].get(1).is_none();
+                let at = if alone { series["points"][0][0].clone() } else { Value::Null };
+                json!([series["plot"], series["name"], at])
+            });
         }
         let Self { name, kernel, date, rows, series } = self;
         let json = json!({"name": name, "kernel": kernel, "date": date, "rows": rows, "series": series});
-        fs::create_dir_all(kept())?;
         fs::write(kept().join(format!("{name}.json")), json.to_string())?;
         Ok(())
     }
@@ -182,6 +192,17 @@ impl Results {
     fn missed(&self) -> usize {
         self.rows.iter().filter(|row| row["ok"] != true).count()
     }
+}
+
+/// The old ones, each replaced by the new one of the same key; then the rest of the new ones.
+fn merge(old: Vec<Value>, mut new: Vec<Value>, key: impl Fn(&Value) -> Value) -> Vec<Value> {
+    let mut merged: Vec<Value> = Vec::new();
+    for old in old {
+        let same = new.iter().position(|new| key(new) == key(&old));
+        merged.push(same.map_or(old, |at| new.remove(at)));
+    }
+    merged.append(&mut new);
+    merged
 }
 
 fn kept() -> PathBuf {
@@ -248,6 +269,14 @@ mod tests {
         let page = page(&[results]);
         assert!(page.contains("| 6.1 (6.1.0-50-cloud-amd64) |"), "{page}");
         assert!(page.contains("cargo xtask bench network --kernels 6.1"), "{page}");
+    }
+
+    #[test]
+    fn what_is_measured_again_replaces_what_was() {
+        let row = |name: &str, ours: u32| json!({"row": name, "ours": ours});
+        let merged =
+            merge(vec![row("a", 1), row("b", 2)], vec![row("c", 3), row("a", 4)], |row| row["row"].clone());
+        assert_eq!(merged, [row("a", 4), row("b", 2), row("c", 3)]);
     }
 
     #[test]
