@@ -512,6 +512,7 @@ pub fn squall_line_in(ctx: TcContext) -> i32 {
         bucket.sum.add(delay);
     }
     skb.set_note(table, Note::new(0, 0, 0, 0));
+    skb.set_ours();
     // A packet that went in at one end comes out of the other.
     let came_out = u64::from(skb.ifindex());
     let to = table.ifindex.load() as u32;
@@ -550,6 +551,7 @@ pub fn squall_tap_in(ctx: TcContext) -> i32 {
     let lane = |lane: Lane, hook: Direction| table.lane[lane.index(hook)].load() == from;
     let segment = lane(Lane::Segment, Direction::Egress) || lane(Lane::Segment, Direction::Ingress);
     skb.set_note(table, Note::new(0, if segment { Note::SEGMENT } else { 0 }, 0, 0));
+    skb.set_ours();
     let egress = |l: Lane| lane(l, Direction::Egress);
     let ingress = |l: Lane| lane(l, Direction::Ingress);
     if egress(Lane::Hold) || egress(Lane::Work) || egress(Lane::Segment) {

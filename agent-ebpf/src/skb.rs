@@ -13,7 +13,7 @@ use aya_ebpf::{
     helpers::{
         bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_sk_cgroup_id,
         bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_cgroup_id, bpf_skb_change_head,
-        bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -22,6 +22,9 @@ use squall_common::{
     table::{Direction, Table},
     tap,
 };
+
+/// `linux/if_packet.h`: to us.
+const PACKET_HOST: u32 = 0;
 
 /// A packet, valid while the program runs.
 pub(crate) struct Skb<'a> {
@@ -244,6 +247,15 @@ impl<'a> Skb<'a> {
     #[inline(always)]
     pub(crate) fn clear_note(&self) {
         set_field!(self, 0, cb[0]);
+    }
+
+    /// Makes the packet one for this host again. A detour's device took it for somebody else's, for it has another address;
+    /// the loopback interface leaves that as it is (`loopback_xmit`, and `eth_type_trans`, which only tells what is not its
+    /// own), and IP would drop the packet.
+    #[inline(always)]
+    pub(crate) fn set_ours(&self) {
+        // SAFETY: the context is valid. It fails only for packets that the stack itself looped back, which none here are.
+        unsafe { bpf_skb_change_type(self.ptr, PACKET_HOST) };
     }
 
     /// Makes the packet a flow of its own.

@@ -101,8 +101,8 @@ struct UndoInterface {
     clsact: bool,
     /// Whether a line may be beside it.
     line: bool,
-    /// Whether packets for 127.0.0.0/8 are taken without their route because of us.
-    localnet: bool,
+    /// Settings of the loopback interface that are on because of us.
+    localnet: Vec<String>,
 }
 
 impl UndoInterface {
@@ -562,7 +562,7 @@ fn plan_interface(
         filters: support.hook == Hook::Clsact,
         clsact: false,
         line: false,
-        localnet: false,
+        localnet: Vec::new(),
     };
     let place = place(undo.key(netns));
     undo.clsact = undo.filters && (!netlink.has_clsact(interface.index)? || place.made_clsact());
@@ -613,9 +613,10 @@ fn plan_interface(
             .push(format!("{name}: TAP devices squall*, where packets are changed; end with the agent"));
     }
     if interface.loopback {
-        if spec.detours() && (!localnet::allowed()? || place.made_localnet()) {
-            undo.localnet = true;
-            planned.changes.push(format!("{name}: route_localnet becomes 1; undo: back to 0"));
+        if spec.detours() {
+            undo.localnet = [localnet::missing()?, place.made_localnet()].concat();
+            let changes = undo.localnet.iter().map(|setting| format!("{name}: {setting} becomes 1; undo: back to 0"));
+            planned.changes.extend(changes);
         }
         let both = |clause: &Clause| clause.egress && clause.ingress && clause.peer_ports.is_empty();
         if spec.clauses.iter().any(|clause| !clause.except && both(clause) && clause.local_ports.is_empty()) {
@@ -771,10 +772,7 @@ fn clean(netlink: &mut Netlink, interface: &UndoInterface, there: bool) -> Resul
     if interface.line {
         Line::remove(netlink, interface.index, interface.outside)?;
     }
-    if interface.localnet {
-        localnet::set(false)?;
-    }
-    Ok(())
+    localnet::set(&interface.localnet, false)
 }
 
 /// What this node can do; found out once.

@@ -269,10 +269,10 @@ impl Place {
         lock(&self.port).as_ref().is_some_and(|port| port.made_clsact)
     }
 
-    /// Whether the open port lets the loopback interface take packets from elsewhere.
+    /// The settings of the loopback interface that the open port has changed.
     #[must_use]
-    pub fn made_localnet(&self) -> bool {
-        lock(&self.port).as_ref().is_some_and(|port| port.made_localnet)
+    pub fn made_localnet(&self) -> Vec<String> {
+        lock(&self.port).as_ref().map(|port| port.made_localnet.clone()).unwrap_or_default()
     }
 
     /// The clauses that come before those of a new rule, rule by rule.
@@ -459,7 +459,7 @@ struct Port {
     line: Option<Line>,
     taps: [Option<Tap>; LANES],
     made_clsact: bool,
-    made_localnet: bool,
+    made_localnet: Vec<String>,
     /// The longest time for which any rule holds a packet.
     longest: Duration,
     clauses: [Option<(usize, Clause)>; CLAUSES],
@@ -491,7 +491,7 @@ impl Port {
             line: None,
             taps: [const { None }; LANES],
             made_clsact: false,
-            made_localnet: false,
+            made_localnet: Vec::new(),
             longest: Duration::ZERO,
             clauses: [const { None }; CLAUSES],
             rules: [false; RULES],
@@ -712,9 +712,10 @@ impl Port {
         let netns = Arc::clone(&self.netns);
         netns.run(|| {
             let mut netlink = Netlink::open()?;
-            if spec.detours() && self.interface.loopback && !localnet::allowed()? {
-                localnet::set(true)?;
-                self.made_localnet = true;
+            if spec.detours() && self.interface.loopback {
+                let missing = localnet::missing()?;
+                self.made_localnet.extend_from_slice(&missing);
+                localnet::set(&missing, true)?;
             }
             for way in [Direction::Egress, Direction::Ingress] {
                 if !spec.passes(way) {
@@ -852,9 +853,7 @@ impl Port {
                 if made_clsact {
                     netlink.remove_empty_clsact(interface.index)?;
                 }
-                if made_localnet {
-                    localnet::set(false)?;
-                }
+                localnet::set(&made_localnet, false)?;
                 Ok(())
             })
             .with_context(|| format!("taking our programs off {name}"))
@@ -912,24 +911,38 @@ fn drain(netlink: &mut Netlink, line: &Line, longest: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Whether the loopback interface of the calling thread's network namespace takes packets to 127.0.0.0/8 that come without
-/// their route, as they do after a detour (`ip_route_input_slow`, Linux 6.1 net/ipv4/route.c). For this interface alone
-/// that lets nobody in: what comes from it comes from this host.
+/// What lets the loopback interface of the calling thread's network namespace take packets for this host that come without
+/// their route, as they do after a detour: to 127.0.0.0/8 (`route_localnet`), and from an address of this host
+/// (`accept_local`) (`ip_route_input_slow` and `fib_validate_source`, Linux 6.1 net/ipv4/route.c and fib_frontend.c). For this
+/// interface alone that lets nobody in: what comes from it comes from this host.
 pub mod localnet {
     use std::fs;
 
     use anyhow::{Context, Result};
 
-    const FILE: &str = "/proc/sys/net/ipv4/conf/lo/route_localnet";
+    const SETTINGS: [&str; 2] = ["route_localnet", "accept_local"];
 
-    /// Whether it does.
-    pub fn allowed() -> Result<bool> {
-        Ok(fs::read_to_string(FILE).with_context(|| format!("reading {FILE}"))?.trim() == "1")
+    fn file(setting: &str) -> String {
+        format!("/proc/sys/net/ipv4/conf/lo/{setting}")
     }
 
-    /// Lets it, or not.
-    pub fn set(allowed: bool) -> Result<()> {
-        fs::write(FILE, if allowed { "1" } else { "0" }).with_context(|| format!("writing {FILE}"))
+    /// The settings that are off.
+    pub fn missing() -> Result<Vec<String>> {
+        let mut missing = Vec::new();
+        for setting in SETTINGS {
+            let file = file(setting);
+            if fs::read_to_string(&file).with_context(|| format!("reading {file}"))?.trim() == "0" {
+                missing.push(setting.to_owned());
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Turns settings on or off.
+    pub fn set(settings: &[String], on: bool) -> Result<()> {
+        settings.iter().map(|setting| file(setting)).try_for_each(|file| {
+            fs::write(&file, if on { "1" } else { "0" }).with_context(|| format!("writing {file}"))
+        })
     }
 }
 
