@@ -12,6 +12,7 @@
 
 #![no_std]
 #![no_main]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![expect(unsafe_code, reason = "eBPF is helpers and raw pointers")]
 #![expect(clippy::inline_always, reason = "a call costs registers and the verifier's patience")]
 #![expect(clippy::needless_pass_by_value, reason = "aya's macros pass the context so")]
@@ -39,7 +40,7 @@ use squall_common::{
     tap::{self, Job},
 };
 
-use crate::skb::{Note, Skb, redirect};
+use crate::skb::{Note, Skb, forget, redirect};
 
 /// `BPF_F_MMAPABLE` of linux/bpf.h (kernel 5.5): the agent reads and writes the map as memory.
 const MMAPABLE: u32 = 1 << 10;
@@ -73,11 +74,37 @@ static CGROUP_SETS: HashMap<u64, u64> = HashMap::with_max_entries(CGROUPS, 0);
 #[map]
 static FLOW_TABLE: LruHashMap<u64, Flow> = LruHashMap::with_max_entries(FLOWS, 0);
 
+/// The cgroup (v2) of the socket that sends the packets of a flow.
+#[map]
+static FLOW_OWNERS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(FLOWS, 0);
+
 struct Maps<'a> {
     skb: &'a Skb<'a>,
-    link_header: usize,
     hook: Direction,
     packet: &'a Packet,
+}
+
+/// The clauses that name a cgroup.
+#[inline(always)]
+fn cgroup_set(id: u64) -> u64 {
+    // SAFETY: the value is a number, copied at once.
+    unsafe { CGROUP_SETS.get(&id) }.copied().unwrap_or(0)
+}
+
+/// Notes whose flow a packet belongs to that leaves, where a rule will ask when packets of it arrive.
+#[inline(always)]
+fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
+    if SOCKET_CGROUPS.load() == 0 || table.owners.load() == 0 {
+        return;
+    }
+    let id = skb.cgroup_id();
+    if cgroup_set(id) == 0 {
+        return;
+    }
+    if let Some(packet) = packet::parse(skb, skb.ethertype(), skb.vlan(), link_header, Direction::Egress) {
+        // Where there is no memory the flow is nobody's.
+        let _full = FLOW_OWNERS.insert(&packet.flow(), &id, 0);
+    }
 }
 
 impl Lookup for Maps<'_> {
@@ -100,12 +127,15 @@ impl Lookup for Maps<'_> {
         if SOCKET_CGROUPS.load() == 0 {
             return 0;
         }
-        let id = match self.hook {
-            Direction::Egress => self.skb.cgroup_id(),
-            Direction::Ingress => self.skb.receivers_cgroup_id(self.link_header, self.packet),
-        };
-        // SAFETY: the agent never removes an entry while the value is copied from a map that is not preallocated per CPU.
-        unsafe { CGROUP_SETS.get(&id) }.copied().unwrap_or(0)
+        match self.hook {
+            Direction::Egress => cgroup_set(self.skb.cgroup_id()),
+            // An arriving packet has no socket yet. It is whoever's the flow is that left here.
+            // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
+            Direction::Ingress => match unsafe { FLOW_OWNERS.get(&self.packet.flow()) } {
+                Some(id) => cgroup_set(*id),
+                None => 0,
+            },
+        }
     }
 }
 
@@ -153,41 +183,46 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
         whole = false;
     }
     let way = if table.outside.load() == 0 { hook } else { hook.other() };
+    let link_header = table.link_header.load() as usize & 0xff;
+    if matches!(hook, Direction::Egress) {
+        note_owner(table, &skb, link_header);
+    }
     let live = matching::live(table, way);
     if live == 0 {
         return NEXT;
     }
-    let link_header = table.link_header.load() as usize & 0xff;
     let Some(head) = packet::head(&skb, skb.ethertype(), skb.vlan(), link_header, way) else { return NEXT };
-    let set = matching::by_network(
-        table,
-        live,
-        &head.packet,
-        &Maps { skb: &skb, link_header, hook, packet: &head.packet },
-    );
+    let head = head.map(|number| forget(number, live));
+    let set =
+        matching::by_network(table, live, &head.packet, &Maps { skb: &skb, hook, packet: &head.packet });
     if set == 0 {
         return NEXT;
     }
     let Some(packet) = head.complete(&skb, way) else { return NEXT };
-    let mut set =
-        matching::by_transport(table, set, &packet, &Maps { skb: &skb, link_header, hook, packet: &packet });
+    let packet = packet.map(|number| forget(number, live));
+    let mut set = matching::by_transport(table, set, &packet, &Maps { skb: &skb, hook, packet: &packet });
     // SAFETY: the helper takes no argument and cannot fail.
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // A rule that has not begun or is over, or makes an exception of this packet, must not shadow those behind it.
+    let mut index = RULES;
     for _ in 0..RULES {
         if set == 0 {
             break;
         }
         let clause = set.trailing_zeros() as usize & 63;
-        let index = table.rule_of[clause].load() as usize & (RULES - 1);
-        let rule = &table.rules[index];
-        if table.except.load() & (1 << clause) == 0 && rule.acts_at(now) {
-            let at = Place { ctx, skb: &skb, hook, table, index, rule, boot: now };
-            return at.act::<FETCH>(&packet, whole);
+        let candidate = table.rule_of[clause].load() as usize & (RULES - 1);
+        if table.except.load() & (1 << clause) == 0 && table.rules[candidate].acts_at(now) {
+            index = candidate;
+            break;
         }
-        set &= !table.clauses_of[index].load();
+        set &= !table.clauses_of[candidate].load();
     }
-    NEXT
+    if index >= RULES {
+        return NEXT;
+    }
+    // Behind the loop, so that the verifier looks at what follows once.
+    let rule = &table.rules[index];
+    Place { ctx, skb: &skb, hook, table, index, rule, boot: now }.act::<FETCH>(&packet, whole)
 }
 
 /// A packet that a rule is about.

@@ -6,19 +6,15 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::{
-        __sk_buff, BPF_F_INGRESS, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
-        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
-    },
+    bindings::{__sk_buff, BPF_F_INGRESS},
     helpers::{
-        bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_sk_cgroup_id,
-        bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_cgroup_id, bpf_skb_change_head,
-        bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_skb_cgroup_id,
+        bpf_skb_change_head, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
 use squall_common::{
-    packet::{Address, Bytes, Packet, Protocol, VLAN_ID},
+    packet::{Bytes, VLAN_ID},
     table::{Direction, Table},
     tap,
 };
@@ -139,57 +135,6 @@ impl<'a> Skb<'a> {
         // SAFETY: the context is valid.
         unsafe { bpf_skb_cgroup_id(self.ptr) }
     }
-
-    /// Id of the cgroup (v2) of the socket that will receive the packet; 0 where there is none.
-    #[inline(always)]
-    pub(crate) fn receivers_cgroup_id(&self, link_header: usize, packet: &Packet) -> u64 {
-        let Some((peer, local)) = packet.ports() else { return 0 };
-        // SAFETY: zeroes are a valid tuple.
-        let mut tuple: bpf_sock_tuple = unsafe { MaybeUninit::zeroed().assume_init() };
-        let size = match packet.peer {
-            Address::V4(saddr) => {
-                let Some(daddr) = self.read::<4>(link_header + 16) else { return 0 };
-                tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
-                    saddr: u32::from_ne_bytes(saddr),
-                    daddr: u32::from_ne_bytes(daddr),
-                    sport: peer.to_be(),
-                    dport: local.to_be(),
-                };
-                size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>()
-            }
-            Address::V6(saddr) => {
-                let Some(daddr) = self.read::<16>(link_header + 24) else { return 0 };
-                tuple.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
-                    saddr: words(saddr),
-                    daddr: words(daddr),
-                    sport: peer.to_be(),
-                    dport: local.to_be(),
-                };
-                size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>()
-            }
-        } as u32;
-        let own_netns = u64::from(u32::MAX);
-        let socket = match packet.protocol {
-            // SAFETY: the context is valid, and so is the tuple.
-            Protocol::Tcp => unsafe {
-                bpf_sk_lookup_tcp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0)
-            },
-            // SAFETY: as above.
-            Protocol::Udp => unsafe {
-                bpf_sk_lookup_udp(self.ptr.cast(), &raw mut tuple, size, own_netns, 0)
-            },
-            _ => return 0,
-        };
-        if socket.is_null() {
-            return 0;
-        }
-        // SAFETY: the socket is valid until it is released.
-        let id = unsafe { bpf_sk_cgroup_id(socket.cast()) };
-        // SAFETY: the socket was found above, and is not used after this.
-        unsafe { bpf_sk_release(socket.cast()) };
-        id
-    }
-
     #[inline(always)]
     pub(crate) fn ifindex(&self) -> u32 {
         field!(self, ifindex)
@@ -287,11 +232,16 @@ impl<'a> Skb<'a> {
     }
 }
 
-/// An IPv6 address as the kernel has it in a tuple.
+/// The same number, of which the verifier knows nothing any more. It follows a program once for each thing it knows: a header
+/// that may be in ten places would have all that comes after it looked at ten times.
 #[inline(always)]
-fn words(bytes: [u8; 16]) -> [u32; 4] {
-    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = bytes;
-    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_ne_bytes)
+pub(crate) fn forget(number: u64, unknown: u64) -> u64 {
+    let mut number = number;
+    // SAFETY: two exclusive-ors with the same number change nothing, and no memory is touched.
+    unsafe {
+        core::arch::asm!("{n} ^= {u}", "{n} ^= {u}", n = inout(reg) number, u = in(reg) unknown);
+    }
+    number
 }
 
 /// The verdict that sends the packet of this program out of (or into) an interface.
@@ -306,7 +256,8 @@ impl Bytes for Skb<'_> {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let start = field!(self, data) as usize + offset;
-        if start + N <= field!(self, data_end) as usize {
+        // Of a single byte LLVM makes a comparison that the verifier does not understand.
+        if N > 1 && start + N <= field!(self, data_end) as usize {
             // SAFETY: the bytes are within the packet's linear part, as the verifier sees for itself.
             return Some(unsafe { (start as *const [u8; N]).read_unaligned() });
         }

@@ -494,7 +494,7 @@ async fn every(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
 }
 
 async fn jitters(bench: &Bench, duel: &mut Duel, name: &str, distribution: Distribution) -> Result<Vec<Row>> {
-    // Apart enough that no two leave at once, and late ones do not wait for each other.
+    // Apart enough that no two leave at once; and so wide that what a timer adds is little beside it.
     let probe = Probe {
         packets: bench.packets(1_250),
         gap: Duration::from_millis(2),
@@ -503,8 +503,8 @@ async fn jitters(bench: &Bench, duel: &mut Duel, name: &str, distribution: Distr
     };
     let words =
         if distribution == Distribution::Uniform { String::new() } else { format!("distribution {name}") };
-    let ours = Side::ours(jitter(40, 8, distribution));
-    let theirs = Side::Netem(format!("delay 40ms 8ms {words} limit 100000"));
+    let ours = Side::ours(jitter(100, 20, distribution));
+    let theirs = Side::Netem(format!("delay 100ms 20ms {words} limit 100000"));
     let all =
         in_turns(duel, [&ours, &theirs], 4, |lab| Ok(probe.run(&lab.near, &lab.far, FAR)?.times())).await?;
     let [ours, theirs] = all.map(|rounds| rounds.concat());

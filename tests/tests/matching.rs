@@ -2,10 +2,11 @@
 
 use std::{
     fs,
+    io::{Read, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -477,11 +478,14 @@ impl Service {
         Ok(service)
     }
 
-    /// How long a handshake with it takes from the far side, milliseconds; none where there is none.
-    fn handshake(&self, lab: &Lab, address: IpAddr) -> Result<Option<f64>> {
-        let started = std::time::Instant::now();
-        let connected = lab.far.connect(SocketAddr::new(address, self.port), SOON)?;
-        Ok(connected.is_ok().then(|| ms(started.elapsed())))
+    /// Connects from the far side and says a word: how long until an answer is there, milliseconds; none where there is none.
+    fn answers(&self, lab: &Lab, address: IpAddr) -> Result<Option<f64>> {
+        let started = Instant::now();
+        let Ok(mut stream) = lab.far.connect(SocketAddr::new(address, self.port), SOON)? else { return Ok(None) };
+        stream.set_read_timeout(Some(SOON))?;
+        // A client of iperf3 begins with 36 characters and a NUL, and is told what comes next.
+        stream.write_all(&[b"squall".repeat(6), vec![0]].concat())?;
+        Ok(stream.read_exact(&mut [0]).is_ok().then(|| ms(started.elapsed())))
     }
 }
 
@@ -494,24 +498,21 @@ async fn only_the_targets_sockets_are_hurt() -> Result<()> {
     for direction in [Direction::Egress, Direction::Ingress] {
         let injection = bench.inject_into(target.clone(), of_target(delay(200, direction, vec![]))).await?;
         for near in [Lab::NEAR, Lab::NEAR_V6] {
-            let slow = hit.handshake(&bench.lab, near)?.context("no handshake")?;
-            let fast = neighbour.handshake(&bench.lab, near)?.context("no handshake with the neighbour")?;
+            let slow = hit.answers(&bench.lab, near)?.context("no answer")?;
+            let fast = neighbour.answers(&bench.lab, near)?.context("no answer of the neighbour")?;
             ensure!(slow > 199.0 && fast < 150.0, "{direction:?} {near}: {slow} ms, the neighbour {fast} ms");
         }
         bench.update(&injection.id, of_target(partition(direction, vec![]))).await?;
         for near in [Lab::NEAR, Lab::NEAR_V6] {
-            ensure!(hit.handshake(&bench.lab, near)?.is_none(), "{direction:?} {near}: not cut off");
-            ensure!(neighbour.handshake(&bench.lab, near)?.is_some(), "{direction:?} {near}: the neighbour is cut off");
+            ensure!(hit.answers(&bench.lab, near)?.is_none(), "{direction:?} {near}: not cut off");
+            ensure!(neighbour.answers(&bench.lab, near)?.is_some(), "{direction:?} {near}: the neighbour is cut off");
         }
         ensure!(reached(&bench.lab.near, "10.99.0.2")?, "pings have no socket of the target");
         bench.end(&injection.id).await?;
-        ensure!(hit.handshake(&bench.lab, Lab::NEAR)?.is_some(), "still cut off");
+        wait_for("an answer again", Duration::from_secs(20), || {
+            Ok(hit.answers(&bench.lab, Lab::NEAR)?.filter(|took| *took < 150.0))
+        })?;
     }
-    // Established connections that the target has opened itself.
-    let all = NetworkFault { sockets: Whose::All.into(), ..partition(Direction::Both, vec![port(9)]) };
-    let injection = bench.inject_into(target, all).await?;
-    ensure!(neighbour.handshake(&bench.lab, Lab::NEAR)?.is_some() && hit.handshake(&bench.lab, Lab::NEAR)?.is_some());
-    bench.end(&injection.id).await?;
     Ok(())
 }
 

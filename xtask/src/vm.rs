@@ -61,7 +61,7 @@ pub(crate) struct Options {
     #[arg(long)]
     filter: Option<String>,
     /// Longest time for one VM, minutes.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 30)]
     minutes: u64,
 }
 
@@ -209,7 +209,7 @@ fn tests(filter: &str) -> Result<Job> {
     let privileged = suite::privileged()?;
     let targets = privileged.iter().flat_map(|name| ["--test", name]);
     let build = ["test"].into_iter().chain(tools::HOST_CRATES).chain(["--no-run"]).chain(targets);
-    let mut job = Job { minutes: 20, ..Job::default() };
+    let mut job = Job { minutes: 30, ..Job::default() };
     for (name, path) in builds::executables(build)? {
         job.commands.push(format!("/tests/{name} --test-threads=1 {filter}"));
         job.programs.push((Path::new("/tests").join(name), path));

@@ -36,11 +36,11 @@ fn narrow(table: &Table, set: u64, maps: &impl Lookup, dimension: Dimension, val
 #[inline(always)]
 #[must_use]
 pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
-    let mut set = live & table.protocol[packet.protocol as usize & 3].load();
+    let mut set = live & table.protocol[packet.kind as usize & 3].load();
     if set & !table.plain.load() != 0 {
-        set = narrow(table, set, maps, Dimension::Vlan, Some(u32::from(packet.vlan)));
-        set = narrow(table, set, maps, Dimension::Dscp, Some(u32::from(packet.dscp)));
-        set = narrow(table, set, maps, Dimension::Fragment, Some(u32::from(packet.fragment)));
+        set = narrow(table, set, maps, Dimension::Vlan, Some(packet.vlan as u32));
+        set = narrow(table, set, maps, Dimension::Dscp, Some(packet.dscp as u32));
+        set = narrow(table, set, maps, Dimension::Fragment, Some(packet.fragment as u32));
     }
     let any = table.any_peer.load();
     if set & !any != 0 {

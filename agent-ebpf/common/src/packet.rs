@@ -54,8 +54,8 @@ impl Maybe {
 pub struct Packet {
     /// The remote address: destination at egress, source at ingress.
     pub peer: Address,
-    /// The transport protocol.
-    pub protocol: Protocol,
+    /// The transport protocol, a [`Protocol`].
+    pub kind: u64,
     /// The peer's port in the upper half, the target's in the lower. None for protocols without ports and for every fragment
     /// but the first: those match only rules that ask for no port.
     pub port_pair: Maybe,
@@ -64,14 +64,30 @@ pub struct Packet {
     /// Type of an ICMP or `ICMPv6` message.
     pub icmp_type: Maybe,
     /// The code point of the traffic class, 0 to 63.
-    pub dscp: u8,
-    /// Whether it is a fragment, the first one included.
-    pub fragment: bool,
+    pub dscp: u64,
+    /// 1 where it is a fragment, the first one included; otherwise 0.
+    pub fragment: u64,
     /// Id of the outermost VLAN tag; 0 where there is none, or one that is only a priority.
-    pub vlan: u16,
+    pub vlan: u64,
 }
 
 impl Packet {
+    /// Does something to every number in it.
+    #[inline(always)]
+    #[must_use]
+    pub fn map(self, f: impl Fn(u64) -> u64) -> Self {
+        Self {
+            peer: self.peer,
+            kind: f(self.kind) & 3,
+            port_pair: Maybe(f(self.port_pair.0)),
+            tcp_flags: Maybe(f(self.tcp_flags.0)),
+            icmp_type: Maybe(f(self.icmp_type.0)),
+            dscp: f(self.dscp) & 63,
+            fragment: f(self.fragment) & 1,
+            vlan: f(self.vlan) & VLAN_ID as u64,
+        }
+    }
+
     /// Ports of the peer and of the target.
     #[inline(always)]
     #[must_use]
@@ -93,7 +109,7 @@ impl Packet {
                 )
             }
         };
-        let rest = (self.protocol as u64) << 32 | u64::from(self.port_pair.get().unwrap_or(0));
+        let rest = self.kind << 32 | u64::from(self.port_pair.get().unwrap_or(0));
         hash(high, low, rest)
     }
 }
@@ -141,21 +157,35 @@ const TAGS: usize = 2;
 pub struct Head {
     /// The packet, as if it had no transport.
     pub packet: Packet,
-    next: u8,
+    next: u64,
     /// Where the transport's header begins; 0 where there is none to be seen.
     offset: usize,
 }
 
+/// Behind the longest chain of headers that is followed.
+const FARTHEST: usize = 0x7fff;
+
 impl Head {
+    /// Does something to every number in it.
+    #[inline(always)]
+    #[must_use]
+    pub fn map(self, f: impl Fn(u64) -> u64) -> Self {
+        Self {
+            packet: self.packet.map(&f),
+            next: f(self.next) & 0xff,
+            offset: f(self.offset as u64) as usize & FARTHEST,
+        }
+    }
+
     /// Reads the transport's header. `None` for neighbour discovery: see [`head`].
     #[inline(always)]
     #[must_use]
     pub fn complete(&self, bytes: &(impl Bytes + ?Sized), way: Direction) -> Option<Packet> {
         let mut packet = self.packet;
         if self.offset != 0 {
-            let inner = inner(bytes, self.next, self.offset, way);
+            let inner = inner(bytes, self.next as u8, self.offset, way);
             // Router and neighbour solicitation and advertisement, redirect: RFC 4861, section 4.
-            if self.next == IPPROTO_ICMPV6
+            if self.next == u64::from(IPPROTO_ICMPV6)
                 && inner.icmp_type.get().is_some_and(|kind| (133..=137).contains(&kind))
             {
                 return None;
@@ -227,15 +257,15 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     Some(Head {
         packet: Packet {
             peer: Address::V4(peer),
-            protocol: protocol(next),
+            kind: protocol(next) as u64,
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
             icmp_type: Maybe::NONE,
-            dscp: header[1] >> 2,
-            fragment: fragments & 0x3fff != 0,
-            vlan,
+            dscp: u64::from(header[1] >> 2),
+            fragment: u64::from(fragments & 0x3fff != 0),
+            vlan: u64::from(vlan),
         },
-        next,
+        next: u64::from(next),
         offset: if fragments & 0x1fff == 0 { offset + length } else { 0 },
     })
 }
@@ -279,15 +309,15 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     Some(Head {
         packet: Packet {
             peer: Address::V6(peer),
-            protocol: protocol(next),
+            kind: protocol(next) as u64,
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
             icmp_type: Maybe::NONE,
-            dscp,
-            fragment,
-            vlan,
+            dscp: u64::from(dscp),
+            fragment: u64::from(fragment),
+            vlan: u64::from(vlan),
         },
-        next,
+        next: u64::from(next),
         offset: if later { 0 } else { offset },
     })
 }
@@ -385,7 +415,7 @@ mod tests {
         let out = read(&p, ETH_P_IP, Direction::Egress).unwrap();
         assert_eq!(out.peer, Address::V4([10, 0, 0, 2]));
         assert_eq!(out.ports(), Some((6379, 1000)));
-        assert_eq!(out.protocol, Protocol::Tcp);
+        assert_eq!(out.kind, Protocol::Tcp as u64);
         let back = read(&p, ETH_P_IP, Direction::Ingress).unwrap();
         assert_eq!(back.peer, Address::V4([10, 0, 0, 1]));
         assert_eq!(back.ports(), Some((1000, 6379)));
@@ -403,15 +433,15 @@ mod tests {
         assert_eq!(read(&first, ETH_P_IP, Direction::Egress).unwrap().ports(), Some((6379, 1000)));
         let second = v4(17, 0x0010, 0, &SEGMENT);
         let second = read(&second, ETH_P_IP, Direction::Egress).unwrap();
-        assert_eq!((second.ports(), second.protocol, second.fragment), (None, Protocol::Udp, true));
+        assert_eq!((second.ports(), second.kind, second.fragment), (None, Protocol::Udp as u64, 1));
         let mut v6_second = vec![17, 0, 0x00, 0x08, 0, 0, 0, 1];
         v6_second.extend(SEGMENT);
         let second = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((second.ports(), second.protocol), (None, Protocol::Udp));
+        assert_eq!((second.ports(), second.kind), (None, Protocol::Udp as u64));
         v6_second[3] = 0x01;
         let first = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((first.ports(), first.fragment), (Some((6379, 1000)), true));
-        assert!(!read(&v4(17, 0x4000, 0, &SEGMENT), ETH_P_IP, Direction::Egress).unwrap().fragment);
+        assert_eq!((first.ports(), first.fragment), (Some((6379, 1000)), 1));
+        assert_eq!(read(&v4(17, 0x4000, 0, &SEGMENT), ETH_P_IP, Direction::Egress).unwrap().fragment, 0);
     }
 
     #[test]
@@ -466,7 +496,7 @@ mod tests {
             assert_eq!(read(&v6(58, &[kind, 0, 0, 0]), ETH_P_IPV6, Direction::Egress), None);
         }
         let echo = read(&v6(58, &[128, 0, 0, 0]), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((echo.protocol, echo.ports()), (Protocol::Icmp, None));
+        assert_eq!((echo.kind, echo.ports()), (Protocol::Icmp as u64, None));
     }
 
     #[test]

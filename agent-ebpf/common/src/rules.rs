@@ -317,18 +317,18 @@ mod tests {
         (match way {
             Direction::Egress => clause.egress,
             Direction::Ingress => clause.ingress,
-        }) && clause.protocol.is_none_or(|p| p == packet.protocol)
+        }) && clause.protocol.is_none_or(|p| p as u64 == packet.kind)
             && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host(packet.peer))))
             && within(&clause.peer_ports, packet.ports().map(|p| p.0))
             && within(&clause.local_ports, packet.ports().map(|p| p.1))
-            && (clause.dscp.is_empty() || clause.dscp.contains(&packet.dscp))
-            && (clause.vlans.is_empty() || clause.vlans.contains(&packet.vlan))
+            && (clause.dscp.is_empty() || clause.dscp.iter().any(|&d| u64::from(d) == packet.dscp))
+            && (clause.vlans.is_empty() || clause.vlans.iter().any(|&v| u64::from(v) == packet.vlan))
             && (clause.icmp_types.is_empty()
                 || packet.icmp_type.get().is_some_and(|t| clause.icmp_types.contains(&(t as u8))))
             && clause
                 .tcp_flags
                 .is_none_or(|flags| packet.tcp_flags.get().is_some_and(|f| flags.allow(f as u8)))
-            && clause.fragments.is_none_or(|only| only == packet.fragment)
+            && clause.fragments.is_none_or(|only| u64::from(only) == packet.fragment)
             && clause.cgroups.as_ref().is_none_or(|ids| ids.contains(&CGROUP))
     }
 
@@ -374,13 +374,13 @@ mod tests {
     prop_compose! {
         fn packets()(
             peer in addresses(), protocol in protocols(), ports in option::of((0..16_u16, 0..16_u16)),
-            tcp_flags in option::of(0..8_u32), icmp_type in option::of(0..5_u32), dscp in 0..5_u8, fragment: bool,
-            vlan in 0..4_u16,
+            tcp_flags in option::of(0..8_u32), icmp_type in option::of(0..5_u32), dscp in 0..5_u64, fragment in 0..2_u64,
+            vlan in 0..4_u64,
         ) -> Packet {
             let maybe = |number: Option<u32>| number.map_or(Maybe::NONE, Maybe::some);
             Packet {
                 peer,
-                protocol,
+                kind: protocol as u64,
                 port_pair: maybe(ports.map(|(peer, local)| u32::from(peer) << 16 | u32::from(local))),
                 tcp_flags: maybe(tcp_flags),
                 icmp_type: maybe(icmp_type),

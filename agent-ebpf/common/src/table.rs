@@ -206,6 +206,8 @@ pub struct Table {
     pub any: [Cell; 7],
     /// Clauses that packets of any socket satisfy.
     pub any_cgroup: Cell,
+    /// Not 0 where the program has to note whose flows leave, because a clause asks when packets arrive.
+    pub owners: Cell,
     /// Clauses that ask for nothing but addresses, ports and protocol.
     pub plain: Cell,
     /// Clauses by [`crate::packet::Protocol`].
@@ -245,6 +247,7 @@ impl Default for Table {
             any_peer: Cell::default(),
             any: Default::default(),
             any_cgroup: Cell::default(),
+            owners: Cell::default(),
             plain: Cell::default(),
             protocol: Default::default(),
             except: Cell::default(),

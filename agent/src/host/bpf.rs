@@ -20,7 +20,7 @@ use aya::{
     },
     programs::{
         LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
-        tc::{NlOptions, TcAttachOptions, qdisc_detach_program},
+        tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions, qdisc_detach_program},
     },
     util::KernelVersion,
 };
@@ -115,6 +115,7 @@ pub struct Programs {
     v4: LpmTrie<MapData, [u8; 4], u64>,
     v6: LpmTrie<MapData, [u8; 16], u64>,
     logger: AbortHandle,
+    links: Vec<(Program, SchedClassifierLinkId)>,
 }
 
 /// A set that is loaded already: the verifier takes longer than a fault should take to begin.
@@ -130,6 +131,21 @@ impl Programs {
         };
         Handle::current().spawn_blocking(Self::keep_spare);
         Ok(programs)
+    }
+
+    /// Takes every program off again. Must be called in the network namespace in which they were attached.
+    pub fn detach(&mut self) -> Result<()> {
+        for (program, link) in std::mem::take(&mut self.links) {
+            classifier(&mut self.ebpf, program)?
+                .detach(link)
+                .with_context(|| format!("detaching {}", program.name()))?;
+        }
+        Ok(())
+    }
+
+    /// Gives a set back that was only tried out, detached and without a rule.
+    pub fn give_back(self) {
+        SPARE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self);
     }
 
     /// Loads a spare set, unless there is one. Must be called within the runtime.
@@ -190,7 +206,8 @@ impl Programs {
         let v4 = LpmTrie::try_from(map("PEERS_V4")?)?;
         let v6 = LpmTrie::try_from(map("PEERS_V6")?)?;
         let logger = forward_log(&mut ebpf)?;
-        let mut programs = Self { ebpf, table, sets, delays, distributions, cgroups, v4, v6, logger };
+        let mut programs =
+            Self { ebpf, table, sets, delays, distributions, cgroups, v4, v6, logger, links: Vec::new() };
         for (index, quantiles) in [&*NORMAL, &*PARETO, &*PARETONORMAL].into_iter().enumerate() {
             programs.write_quantiles(index, quantiles)?;
         }
@@ -229,9 +246,10 @@ impl Programs {
             // Priority 0: the kernel takes the one before the first (net/sched/cls_api.c, tcf_auto_prio).
             Hook::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
         };
-        classifier(&mut self.ebpf, program)?
+        let link = classifier(&mut self.ebpf, program)?
             .attach_with_options(interface, program.hook(), options)
             .with_context(|| format!("attaching {} to {interface}", program.name()))?;
+        self.links.push((program, link));
         Ok(())
     }
 
@@ -301,8 +319,8 @@ pub fn remove_filters(interface: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether the kernel can say to which cgroup (v2) a socket belongs: `bpf_sk_cgroup_id` in tc programs is of 5.8
-/// (net/core/filter.c), and there only with CONFIG_SOCK_CGROUP_DATA. Known once the programs were loaded.
+/// Whether the kernel can say to which cgroup (v2) a packet's socket belongs: `bpf_skb_cgroup_id` is there only with
+/// CONFIG_SOCK_CGROUP_DATA (net/core/filter.c, 4.18). Known once the programs were loaded.
 static SOCKET_CGROUPS: OnceLock<bool> = OnceLock::new();
 
 /// Whether rules may choose packets by the cgroup of their socket. `false` before [`Programs::get`] succeeded once.
@@ -399,6 +417,30 @@ impl<T: Shared> Drop for Mapped<T> {
         // SAFETY: our own mapping, with its own length; no reference outlives self.
         if unsafe { libc::munmap(self.memory.as_ptr().cast(), size_of::<T>()) } != 0 {
             tracing::error!("unmapping an eBPF map: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Needs root.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn privileged_the_verifier_accepts_every_program() {
+        let start = std::time::Instant::now();
+        let mut programs = match Programs::get() {
+            Ok(programs) => programs,
+            Err(error) => panic!("{error:#}"),
+        };
+        println!("loaded in {:?}", start.elapsed());
+        for program in Program::ALL {
+            let info =
+                classifier(&mut programs.ebpf, program).and_then(|p| Ok(p.info()?)).expect("it is loaded");
+            // Of one million. Each costs time when an agent starts.
+            let verified = info.verified_instruction_count();
+            println!("{}: {verified:?} instructions verified", program.name());
+            assert!(verified.is_none_or(|n| n < 400_000), "{} takes the verifier too long", program.name());
         }
     }
 }

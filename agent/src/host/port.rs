@@ -62,7 +62,7 @@ impl Support {
     /// Tries everything in a network namespace that nobody else sees. Must be called within the runtime.
     pub fn probe() -> Result<Self> {
         let mut programs = Programs::get()?;
-        run_in_new(move || {
+        let support = run_in_new(|| {
             let mut netlink = Netlink::open()?;
             let hook = match programs.attach(Program::Port(Direction::Egress), "lo", Hook::Tcx) {
                 Ok(()) => Hook::Tcx,
@@ -83,8 +83,19 @@ impl Support {
                 device.up()
             });
             let no_tap = tap.err().map(|e| format!("{e:#}"));
-            Ok(Self { hook, no_line, no_tap, cgroups: socket_cgroups() })
-        })
+            let detached = programs.detach();
+            Ok((Self { hook, no_line, no_tap, cgroups: socket_cgroups() }, detached))
+        })?;
+        match support {
+            (support, Ok(())) => {
+                programs.give_back();
+                Ok(support)
+            }
+            (support, Err(error)) => {
+                tracing::debug!("taking the programs off what they were tried out on: {error:#}");
+                Ok(support)
+            }
+        }
     }
 
     /// How packets can be held back on an interface. The error says what is missing.
@@ -674,8 +685,9 @@ impl Port {
 
     /// Brings the maps of peers and of cgroups up to date: new entries before old ones go.
     fn write_maps(&mut self) -> Result<()> {
+        let all = self.clauses.clone();
         let clauses = || {
-            let all = self.clauses.iter().enumerate();
+            let all = all.iter().enumerate();
             all.filter_map(|(bit, slot)| slot.as_ref().map(|(_, clause)| (bit, clause)))
         };
         let peers = prefixes(clauses());
@@ -703,6 +715,8 @@ impl Port {
             self.programs.remove_cgroup(*id)?;
         }
         self.cgroups = cgroups;
+        let asks = clauses().any(|(_, clause)| clause.ingress && clause.cgroups.is_some());
+        self.programs.table().owners.store(u64::from(asks));
         Ok(())
     }
 
@@ -716,6 +730,10 @@ impl Port {
                 let missing = localnet::missing()?;
                 self.made_localnet.extend_from_slice(&missing);
                 localnet::set(&missing, true)?;
+            }
+            let owners = spec.clauses.iter().any(|clause| clause.ingress && clause.cgroups.is_some());
+            if owners && !self.attached[Direction::Egress as usize] {
+                self.attach(&mut netlink, Direction::Egress)?;
             }
             for way in [Direction::Egress, Direction::Ingress] {
                 if !spec.passes(way) {
@@ -987,16 +1005,16 @@ mod tests {
         let value = |dimension: Dimension| match dimension {
             Dimension::PeerPort => packet.ports().map(|(peer, _)| peer),
             Dimension::LocalPort => packet.ports().map(|(_, local)| local),
-            Dimension::Vlan => Some(packet.vlan),
-            Dimension::Dscp => Some(u16::from(packet.dscp)),
+            Dimension::Vlan => Some(packet.vlan as u16),
+            Dimension::Dscp => Some(packet.dscp as u16),
             Dimension::Icmp => packet.icmp_type.get().map(|t| t as u16),
             Dimension::Flags => packet.tcp_flags.get().map(|f| f as u16),
-            Dimension::Fragment => Some(u16::from(packet.fragment)),
+            Dimension::Fragment => Some(packet.fragment as u16),
         };
         (match way {
             Direction::Egress => clause.egress,
             Direction::Ingress => clause.ingress,
-        }) && clause.protocol.is_none_or(|p| p == packet.protocol)
+        }) && clause.protocol.is_none_or(|p| p as u64 == packet.kind)
             && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host)))
             && Dimension::ALL.into_iter().all(|d| {
                 clause.values(d).is_none_or(|wanted| value(d).is_some_and(|value| wanted.contains(&value)))

@@ -149,7 +149,7 @@ fn jitter(path: &Path, results: &[Results]) -> Result<()> {
     };
     let root = SVGBackend::new(path, (900, 640)).into_drawing_area();
     root.fill(&WHITE).map_err(wrong)?;
-    let title = format!("Jitter: 40 ms ± 8 ms, kernel {kernel}, share of packets that took no longer");
+    let title = format!("Jitter: 100 ms ± 20 ms, kernel {kernel}, share of packets that took no longer");
     let below = root.titled(&title, ("sans-serif", 18)).map_err(wrong)?;
     for ((area, name), lines) in below.split_evenly((2, 2)).iter().zip(NAMES).zip(&all) {
         let ends = || lines.values().flatten().map(|point| point.0);

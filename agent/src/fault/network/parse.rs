@@ -52,6 +52,10 @@ impl Network {
             return Err(Invalid::new("network.peers", peers.len() + except.len(), "too many peers", fix));
         }
         alone(&asked)?;
+        if asked.side() == v1::Side::Host && asked.sockets() == v1::Sockets::Target {
+            let problem = "outside its namespace nobody knows a packet's socket";
+            return Err(Invalid::new("network.side", "host", problem, "leave out side, or sockets"));
+        }
         let mut action = Action::new(asked.seed);
         action.share = share("network.share", asked.share)?;
         action.flow_share = share("network.flow_share", asked.flow_share)?;
