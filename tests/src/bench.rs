@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result, ensure};
 use squall_proto::v1::{
-    ArmRequest, Delay, Direction, Fault, Injection, InterfaceSelector, ListRequest, NetworkFault, Peer, PortRange,
-    ProcessSelector, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient, fault, target,
+    ArmRequest, Delay, Direction, Fault, Injection, InterfaceSelector, ListRequest, NetworkFault, Peer,
+    PortRange, ProcessSelector, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient,
+    fault, target,
 };
 use tonic::transport::Channel;
 
@@ -133,7 +134,9 @@ pub fn figure(injection: &Injection, name: &str) -> f64 {
 /// An interface as a target; an empty namespace is the agent's own.
 #[must_use]
 pub fn interface(name: &str, netns: &str) -> Target {
-    Target { kind: Some(target::Kind::Interface(InterfaceSelector { name: name.into(), netns: netns.into() })) }
+    Target {
+        kind: Some(target::Kind::Interface(InterfaceSelector { name: name.into(), netns: netns.into() })),
+    }
 }
 
 /// A process as a target.

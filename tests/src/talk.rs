@@ -34,7 +34,8 @@ pub trait Sockets {
 impl Sockets for Netns {
     fn listen(&self, port: u16) -> Result<TcpListener> {
         self.inside(|| {
-            TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).with_context(|| format!("listening on port {port}"))
+            TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
+                .with_context(|| format!("listening on port {port}"))
         })
     }
 
@@ -61,10 +62,12 @@ impl Sockets for Netns {
         let mut command = self.command("ping");
         command.arg("-n").args(words.split_whitespace()).stdin(Stdio::null());
         let done = command.output().context("cannot start ping")?;
-        let said = [done.stdout, done.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+        let said =
+            [done.stdout, done.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
         // Status 1 says that not all was answered, which is an answer here.
         ensure!(matches!(done.status.code(), Some(0 | 1)), "{command:?} failed ({}): {said}", done.status);
-        let times = said.split(" time=").skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse().ok());
+        let times =
+            said.split(" time=").skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse().ok());
         let mut rtts: Vec<f64> = times.collect();
         rtts.sort_by(f64::total_cmp);
         Ok((rtts, said))
@@ -140,7 +143,8 @@ impl Pair {
     /// than they left. Fails unless all arrive.
     pub fn transfer(self, bytes: usize) -> Result<usize> {
         let Self { mut client, mut server, .. } = self;
-        let pattern: Vec<u8> = (0..1_u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let pattern: Vec<u8> =
+            (0..1_u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let sent = pattern.clone();
         let sender = thread::spawn(move || {
             let mut left = bytes;

@@ -38,7 +38,12 @@ impl Unified {
 
 impl Drop for Unified {
     fn drop(&mut self) {
-        let gone = wait_for("the cgroup to be empty", Duration::from_secs(10), || Ok(fs::remove_dir(&self.dir).ok()));
+        let gone =
+            wait_for(
+                "the cgroup to be empty",
+                Duration::from_secs(10),
+                || Ok(fs::remove_dir(&self.dir).ok()),
+            );
         if let Err(e) = gone {
             eprintln!("cannot remove the cgroup {}: {e:#}", self.dir.display());
         }

@@ -11,9 +11,7 @@ use hickory_proto::{op::ResponseCode, rr::RecordType};
 use squall_proto::v1::{
     Chance, Corrupt, Cut, Direction, Dns, DnsAnswer, Loss, NetworkFault, Peer, Protocol, Refusal,
 };
-use squall_tests::{
-    Answer, Bench, Lab, MS, NameServer, Pair, Sockets, ask, death, figure, port, ports,
-};
+use squall_tests::{Answer, Bench, Lab, MS, NameServer, Pair, Sockets, ask, death, figure, port, ports};
 
 const MIB: usize = 1 << 20;
 /// A connection or an answer that is not there after this time does not come. Longer than a lost SYN takes to be sent again.
@@ -56,7 +54,10 @@ async fn a_refused_connection_is_refused_at_once() -> Result<()> {
                 ensure!(death(&mut before.server)? == ErrorKind::ConnectionReset, "{far}: not reset");
             } else {
                 let (how, took) = attempt(&bench.lab.near, far, 7000)?;
-                ensure!(how == Some(ErrorKind::ConnectionRefused) && took < AT_ONCE, "{far}: {how:?} after {took:?}");
+                ensure!(
+                    how == Some(ErrorKind::ConnectionRefused) && took < AT_ONCE,
+                    "{far}: {how:?} after {took:?}"
+                );
                 before.client.write_all(b"late")?;
                 ensure!(death(&mut before.client)? == ErrorKind::ConnectionReset, "{far}: not reset");
             }
@@ -76,23 +77,32 @@ async fn a_refused_datagram_is_an_error() -> Result<()> {
     let injection = bench.inject(refusal(Direction::Egress, vec![port(7000)])).await?;
     // "Communication administratively prohibited" in the words of each family: icmp_err_convert in net/ipv4/icmp.c and
     // icmpv6_err_convert in net/ipv6/icmp.c.
-    for (far, expected) in [(Lab::FAR, nix::errno::Errno::EHOSTUNREACH), (Lab::FAR_V6, nix::errno::Errno::EACCES)] {
+    for (far, expected) in
+        [(Lab::FAR, nix::errno::Errno::EHOSTUNREACH), (Lab::FAR_V6, nix::errno::Errno::EACCES)]
+    {
         let sink = bench.lab.far.udp(far, 7000)?;
         let socket = bench.lab.near.udp(far, 0)?;
         socket.connect((far, 7000))?;
         socket.send(b"hello")?;
         let said = socket.recv(&mut [0; 16]).err().context("an answer came")?;
         ensure!(said.raw_os_error() == Some(expected as i32), "{far}: {said}");
-        ensure!(squall_tests::drain(&sink, Duration::from_millis(50))?.is_empty(), "{far}: it arrived all the same");
+        ensure!(
+            squall_tests::drain(&sink, Duration::from_millis(50))?.is_empty(),
+            "{far}: it arrived all the same"
+        );
         let other = bench.lab.near.udp(far, 0)?;
         let sink = bench.lab.far.udp(far, 7001)?;
         other.send_to(b"hello", (far, 7001))?;
-        ensure!(squall_tests::drain(&sink, Duration::from_millis(300))?.len() == 1, "{far}: the other port is cut off");
+        ensure!(
+            squall_tests::drain(&sink, Duration::from_millis(300))?.len() == 1,
+            "{far}: the other port is cut off"
+        );
     }
     let ended = bench.end(&injection.id).await?;
     ensure!(figure(&ended, "refused") == 2.0 && figure(&ended, "dropped") == 0.0, "{ended:?}");
     // ping says why.
-    let icmp = Peer { protocol: Protocol::Icmp.into(), cidrs: vec!["10.99.0.2/32".into()], ..Peer::default() };
+    let icmp =
+        Peer { protocol: Protocol::Icmp.into(), cidrs: vec!["10.99.0.2/32".into()], ..Peer::default() };
     let injection = bench.inject(refusal(Direction::Egress, vec![icmp])).await?;
     let (answers, said) = bench.lab.near.ping_with("-c 2 -i 0.1 -W 1 10.99.0.2")?;
     ensure!(answers.is_empty() && said.contains("Packet filtered"), "{said}");
@@ -217,8 +227,18 @@ async fn dns_answers_are_as_wrong_as_asked() -> Result<()> {
                 Ok(Some(Answer { code, addresses }))
             };
             Ok::<_, anyhow::Error>([
-                (dns(DnsAnswer::Nxdomain, &PATTERNS, &[], 0), RecordType::A, answer(ResponseCode::NXDomain, &[])?, 0),
-                (dns(DnsAnswer::Servfail, &PATTERNS, &[], 300), RecordType::A, answer(ResponseCode::ServFail, &[])?, 300),
+                (
+                    dns(DnsAnswer::Nxdomain, &PATTERNS, &[], 0),
+                    RecordType::A,
+                    answer(ResponseCode::NXDomain, &[])?,
+                    0,
+                ),
+                (
+                    dns(DnsAnswer::Servfail, &PATTERNS, &[], 300),
+                    RecordType::A,
+                    answer(ResponseCode::ServFail, &[])?,
+                    300,
+                ),
                 (dns(DnsAnswer::Drop, &PATTERNS, &[], 0), RecordType::A, None, 0),
                 (
                     dns(DnsAnswer::Addresses, &PATTERNS, &["10.9.9.9", "10.9.9.8", "fd09::9"], 0),
@@ -232,7 +252,12 @@ async fn dns_answers_are_as_wrong_as_asked() -> Result<()> {
                     answer(ResponseCode::NoError, &["fd09::9"])?,
                     0,
                 ),
-                (dns(DnsAnswer::Forward, &PATTERNS, &[], 300), RecordType::A, answer(ResponseCode::NoError, &["10.1.2.3"])?, 300),
+                (
+                    dns(DnsAnswer::Forward, &PATTERNS, &[], 300),
+                    RecordType::A,
+                    answer(ResponseCode::NoError, &["10.1.2.3"])?,
+                    300,
+                ),
             ])
         };
         for (fault, kind, expected, delay) in wrong()? {
@@ -247,12 +272,18 @@ async fn dns_answers_are_as_wrong_as_asked() -> Result<()> {
                 ensure!(answer.is_none() || (least..most).contains(&took), "{what}: {name}: {took:?}");
             }
             let asked = names.asked();
-            ensure!(asked.len() == if forwarded { HIT.len() } else { 0 }, "{what}: the server was asked for {asked:?}");
+            ensure!(
+                asked.len() == if forwarded { HIT.len() } else { 0 },
+                "{what}: the server was asked for {asked:?}"
+            );
             for name in SPARED {
                 let (answer, took) = ask(&bench.lab.near, server, name, kind, PATIENCE)?;
                 let addresses = if kind == RecordType::A { right.clone() } else { right_v6.clone() };
                 let expected = Some(Answer { code: ResponseCode::NoError, addresses });
-                ensure!(answer == expected && took < AT_ONCE, "{what}: {name}, which is spared: {answer:?} after {took:?}");
+                ensure!(
+                    answer == expected && took < AT_ONCE,
+                    "{what}: {name}, which is spared: {answer:?} after {took:?}"
+                );
             }
             let ended = bench.end(&injection.id).await?;
             let counted = match expected {
@@ -296,10 +327,17 @@ async fn each_segment_has_a_fate_of_its_own() -> Result<()> {
         let injection = bench.inject(fault(RATIO, true)).await?;
         let bytes = 4 * MIB;
         let started = Instant::now();
-        ensure!(Pair::new(&bench.lab.near, &listener, far)?.transfer(bytes)? == 0, "{far}: other bytes arrived");
+        ensure!(
+            Pair::new(&bench.lab.near, &listener, far)?.transfer(bytes)? == 0,
+            "{far}: other bytes arrived"
+        );
         let ended = bench.end(&injection.id).await?;
-        let [matched, segments, dropped] = ["matched", "segments", "dropped"].map(|name| figure(&ended, name));
-        println!("{far}: {whole:.1} segments a packet otherwise; {dropped} of {matched} dropped in {:?}", started.elapsed());
+        let [matched, segments, dropped] =
+            ["matched", "segments", "dropped"].map(|name| figure(&ended, name));
+        println!(
+            "{far}: {whole:.1} segments a packet otherwise; {dropped} of {matched} dropped in {:?}",
+            started.elapsed()
+        );
         ensure!(matched == segments && matched > bytes as f64 / 1460.0, "{ended:?}");
         let sigma = (matched * RATIO * (1.0 - RATIO)).sqrt();
         ensure!((dropped - matched * RATIO).abs() < 5.0 * sigma, "{dropped} of {matched} segments dropped");
@@ -330,9 +368,15 @@ async fn a_flipped_bit_is_caught_or_not() -> Result<()> {
             ensure!(corrupted > 0.0, "{ended:?}");
             if silent {
                 // One bit each; what had no payload was left alone.
-                ensure!(wrong > 0 && wrong as f64 <= corrupted && caught == 0, "{wrong} bytes wrong, {caught} caught: {ended:?}");
+                ensure!(
+                    wrong > 0 && wrong as f64 <= corrupted && caught == 0,
+                    "{wrong} bytes wrong, {caught} caught: {ended:?}"
+                );
             } else {
-                ensure!(wrong == 0 && caught as f64 == corrupted, "{wrong} bytes wrong, {caught} caught: {ended:?}");
+                ensure!(
+                    wrong == 0 && caught as f64 == corrupted,
+                    "{wrong} bytes wrong, {caught} caught: {ended:?}"
+                );
             }
         }
         ensure!(Pair::new(&bench.lab.near, &listener, far)?.transfer(bytes)? == 0, "still corrupted");

@@ -10,12 +10,13 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use hickory_proto::{op::ResponseCode, rr::RecordType};
 use squall_proto::v1::{
-    ArmRequest, Chance, Corrupt, CpuFault, Delay, Direction, Dns, DnsAnswer, Fault, InterfaceSelector, ListRequest, Loss,
-    MemoryFault, NetworkFault, ProcessSelector, Rate, Refusal, RenewRequest, State, Target, fault, memory_fault, target,
+    ArmRequest, Chance, Corrupt, CpuFault, Delay, Direction, Dns, DnsAnswer, Fault, InterfaceSelector,
+    ListRequest, Loss, MemoryFault, NetworkFault, ProcessSelector, Rate, Refusal, RenewRequest, State,
+    Target, fault, memory_fault, target,
 };
 use squall_tests::{
-    Agent, AgentOptions, HostState, Lab, NameServer, NetState, Pair, Running, Sockets, Victim, ask, bin_dir, cidr, interface,
-    need_root, wait_for,
+    Agent, AgentOptions, HostState, Lab, NameServer, NetState, Pair, Running, Sockets, Victim, ask, bin_dir,
+    cidr, interface, need_root, wait_for,
 };
 use tokio::time::sleep;
 
@@ -80,7 +81,8 @@ impl Network {
 
     /// Every packet has a wrong checksum.
     fn corruption() -> Result<Self> {
-        let corrupt = Some(Corrupt { chance: Some(Chance { ratio: 1.0, ..Chance::default() }), silent: false });
+        let corrupt =
+            Some(Corrupt { chance: Some(Chance { ratio: 1.0, ..Chance::default() }), silent: false });
         Self::new(NetworkFault { corrupt, ..NetworkFault::default() }, (1.0, 1.0), (0.0, 0.0))
     }
 
@@ -141,7 +143,9 @@ impl Loopback {
     fn state(lab: &Lab) -> Result<(NetState, Vec<String>)> {
         let settings = lab.near.inside(|| {
             let names = ["route_localnet", "accept_local"].into_iter();
-            let read = |name| Ok(format!("{name} {}", fs::read_to_string(format!("/proc/sys/net/ipv4/conf/lo/{name}"))?));
+            let read = |name| {
+                Ok(format!("{name} {}", fs::read_to_string(format!("/proc/sys/net/ipv4/conf/lo/{name}"))?))
+            };
             names.map(read).collect()
         })?;
         Ok((lab.near.state()?, settings))
@@ -160,7 +164,8 @@ impl Case for Loopback {
     fn fault(&self) -> Fault {
         let delay = Some(Delay { latency_ns: 50_000_000, ..Delay::default() });
         let peers = vec![cidr("127.0.0.0/8"), cidr("::1/128")];
-        let fault = NetworkFault { peers, direction: Direction::Egress.into(), delay, ..NetworkFault::default() };
+        let fault =
+            NetworkFault { peers, direction: Direction::Egress.into(), delay, ..NetworkFault::default() };
         Fault { kind: Some(fault::Kind::Network(fault)) }
     }
 
@@ -226,7 +231,8 @@ impl Case for Conversation {
 
     fn fault(&self) -> Fault {
         let dns = Dns { answer: DnsAnswer::Nxdomain.into(), ..Dns::default() };
-        let fault = NetworkFault { reset: !self.dns, dns: self.dns.then_some(dns), ..NetworkFault::default() };
+        let fault =
+            NetworkFault { reset: !self.dns, dns: self.dns.then_some(dns), ..NetworkFault::default() };
         Fault { kind: Some(fault::Kind::Network(fault)) }
     }
 
