@@ -615,7 +615,8 @@ fn plan_interface(
     if interface.loopback {
         if spec.detours() {
             undo.localnet = [localnet::missing()?, place.made_localnet()].concat();
-            let changes = undo.localnet.iter().map(|setting| format!("{name}: {setting} becomes 1; undo: back to 0"));
+            let changes =
+                undo.localnet.iter().map(|setting| format!("{name}: {setting} becomes 1; undo: back to 0"));
             planned.changes.extend(changes);
         }
         let both = |clause: &Clause| clause.egress && clause.ingress && clause.peer_ports.is_empty();
