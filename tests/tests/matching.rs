@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use hickory_proto::rr::RecordType;
 use squall_proto::v1::{
-    Direction, Fragments, NetworkFault, Peer, Protocol, Side, Sockets as Whose, TcpFlags,
+    Direction, Fragments, NetworkFault, Peer, Protocol, Refusal, Side, Sockets as Whose, TcpFlags,
 };
 use squall_tests::{
     Bench, Lab, NameServer, Netns, Pair, Running, Sockets, Unified, ask, cidr, delay, drain, figure,
@@ -177,6 +177,18 @@ async fn vlans_choose() -> Result<()> {
             bench.end(&injection.id).await?;
         }
     }
+    // The tag stays on a packet that is taken out of the kernel, and on the answer to it.
+    let refusal = |direction| NetworkFault {
+        refusal: Refusal::Answer.into(),
+        ..partition(direction, vec![peer(&[7])])
+    };
+    let injection = bench.inject(refusal(Direction::Egress)).await?;
+    for (id, address) in &ways {
+        let (answers, said) = bench.lab.near.ping_with(&format!("-c 2 -i 0.1 -W 1 {address}"))?;
+        let refused = answers.is_empty() && said.contains("Packet filtered");
+        ensure!(refused == (*id == 7), "VLAN {id}: {said}");
+    }
+    bench.end(&injection.id).await?;
     Ok(())
 }
 
@@ -590,7 +602,7 @@ async fn a_target_without_a_cgroup_of_its_own_is_refused() -> Result<()> {
     let sleeper = Running::start("a sleeper", &command)?;
     wait_for("the sleeper to sleep", Duration::from_secs(10), || {
         let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid()));
-        Ok(exe.is_ok_and(|exe| !exe.ends_with("sh") && !exe.ends_with("dash")).then_some(()))
+        Ok(exe.is_ok_and(|exe| exe.ends_with("sleep")).then_some(()))
     })?;
     let fault = partition(Direction::Both, vec![port(7000)]);
     let said = bench.refused(process(sleeper.pid()), fault.clone()).await?;
