@@ -8,7 +8,7 @@ use crate::table::Cell;
 
 /// What a rule does. `T` is a [`Cell`] in the map and a plain number in the agent.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Action<T> {
     /// A [`Mode`].
     pub mode: T,

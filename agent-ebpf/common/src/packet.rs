@@ -84,7 +84,7 @@ impl Packet {
             icmp_type: Maybe(f(self.icmp_type.0)),
             dscp: f(self.dscp) & 63,
             fragment: f(self.fragment) & 1,
-            vlan: f(self.vlan) & VLAN_ID as u64,
+            vlan: f(self.vlan) & u64::from(VLAN_ID),
         }
     }
 
@@ -266,7 +266,7 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
             vlan: u64::from(vlan),
         },
         next: u64::from(next),
-        offset: if fragments & 0x1fff == 0 { offset + length } else { 0 },
+        offset: if fragments << 3 == 0 { offset + length } else { 0 },
     })
 }
 

@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use squall_common::{
-    decide::{Action, hash},
+    decide::{Action, LossModel, hash},
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, Ports},
@@ -95,14 +95,20 @@ struct UndoInterface {
     index: u32,
     /// Whether it is the outer end of the target's own.
     outside: bool,
+    remains: Remains,
+}
+
+/// What of a port outlives its agent.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Remains {
     /// Whether filters of ours may be there.
     filters: bool,
     /// Whether the clsact qdisc is there because of us.
     clsact: bool,
     /// Whether a line may be beside it.
     line: bool,
-    /// Settings of the loopback interface that are on because of us.
-    localnet: Vec<String>,
+    /// Settings by which packets of this host are taken without their route because of us.
+    localnet: localnet::Changed,
 }
 
 impl UndoInterface {
@@ -313,7 +319,7 @@ impl Network {
         let seed = if n == 0 { seed } else { hash(seed, n as u64, 0) };
         Spec {
             clauses,
-            action: Action { seed, ..self.action },
+            action: Action { seed, ..self.action.clone() },
             quantiles: self.quantiles.clone(),
             dns: self.dns.clone(),
         }
@@ -376,17 +382,16 @@ impl Network {
     }
 
     fn draws(&self) -> bool {
-        let Action { share, flow_share, loss_model, loss, jitter, duplicate, corrupt, reorder, .. } =
-            self.action;
+        let action = &self.action;
         let sure = |ratio: u64| ratio == 0 || ratio == u64::MAX;
-        let loses = loss_model != 0 && !(loss_model == 1 && sure(loss)) && loss_model != 2;
-        share != u64::MAX
-            || flow_share != u64::MAX
+        let loses = action.loss_model == LossModel::Chain as u64
+            || action.loss_model == LossModel::Ratio as u64 && !sure(action.loss);
+        [action.share, action.flow_share].iter().any(|&share| share != u64::MAX)
             || loses
-            || jitter > 0
-            || !sure(duplicate.ratio)
-            || corrupt.ratio > 0
-            || !sure(reorder.ratio)
+            || action.jitter > 0
+            || !sure(action.duplicate.ratio)
+            || action.corrupt.ratio > 0
+            || !sure(action.reorder.ratio)
     }
 
     /// The interfaces the fault is for, of the calling thread's network namespace.
@@ -559,16 +564,14 @@ fn plan_interface(
         name: name.clone(),
         index: interface.index,
         outside,
-        filters: support.hook == Hook::Clsact,
-        clsact: false,
-        line: false,
-        localnet: Vec::new(),
+        remains: Remains { filters: support.hook == Hook::Clsact, ..Remains::default() },
     };
     let place = place(undo.key(netns));
-    undo.clsact = undo.filters && (!netlink.has_clsact(interface.index)? || place.made_clsact());
+    undo.remains.clsact =
+        undo.remains.filters && (!netlink.has_clsact(interface.index)? || place.made_clsact());
     planned.changes.push(match support.hook {
         Hook::Tcx => format!("{name}: programs attached by TCX; ends with its link"),
-        Hook::Clsact if undo.clsact => {
+        Hook::Clsact if undo.remains.clsact => {
             format!("{name}: clsact qdisc with filters squall_*; undo: remove both")
         }
         Hook::Clsact => format!("{name}: filters squall_* in its clsact qdisc; undo: remove the filters"),
@@ -577,7 +580,7 @@ fn plan_interface(
         let latency = spec.action.latency;
         match support.holder(interface)? {
             Holder::Line => {
-                undo.line = true;
+                undo.remains.line = true;
                 let ends = line::names(interface.index, outside).join(" and ");
                 let room = line::room(spec.longest());
                 planned.changes.push(format!(
@@ -614,10 +617,12 @@ fn plan_interface(
     }
     if interface.loopback {
         if spec.detours() {
-            undo.localnet = [localnet::missing()?, place.made_localnet()].concat();
-            let changes =
-                undo.localnet.iter().map(|setting| format!("{name}: {setting} becomes 1; undo: back to 0"));
-            planned.changes.extend(changes);
+            undo.remains.localnet = localnet::missing()?.or(place.made_localnet());
+        }
+        if undo.remains.localnet.any() {
+            planned
+                .changes
+                .push(format!("{name}: route_localnet and accept_local become 1; undo: back to 0"));
         }
         let both = |clause: &Clause| clause.egress && clause.ingress && clause.peer_ports.is_empty();
         if spec.clauses.iter().any(|clause| !clause.except && both(clause) && clause.local_ports.is_empty()) {
@@ -656,7 +661,7 @@ impl Peer {
 }
 
 fn is_loopback(cidr: &Cidr) -> bool {
-    let loopback = ["127.0.0.0/8", "::1/128"].map(|text| text.parse::<Cidr>());
+    let loopback = ["127.0.0.0/8", "::1/128"].map(str::parse::<Cidr>);
     loopback.iter().flatten().any(|loopback| loopback.covers(cidr))
 }
 
@@ -764,16 +769,16 @@ fn revert(undo: &Undo) -> Result<()> {
 
 /// Takes back what is left of a port. The line beside an interface is there even when the interface is not.
 fn clean(netlink: &mut Netlink, interface: &UndoInterface, there: bool) -> Result<()> {
-    if there && interface.filters && netlink.has_clsact(interface.index)? {
+    if there && interface.remains.filters && netlink.has_clsact(interface.index)? {
         remove_filters(&interface.name)?;
     }
-    if there && interface.clsact {
+    if there && interface.remains.clsact {
         netlink.remove_empty_clsact(interface.index)?;
     }
-    if interface.line {
+    if interface.remains.line {
         Line::remove(netlink, interface.index, interface.outside)?;
     }
-    localnet::set(&interface.localnet, false)
+    localnet::set(interface.remains.localnet, false)
 }
 
 /// What this node can do; found out once.

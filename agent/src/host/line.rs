@@ -50,12 +50,12 @@ impl Line {
     }
 
     /// Makes room for packets that are held for so long. What is in the line stays.
-    pub fn resize(&self, netlink: &mut Netlink, longest: Duration) -> Result<()> {
+    pub fn resize(self, netlink: &mut Netlink, longest: Duration) -> Result<()> {
         self.ends.iter().try_for_each(|&end| netlink.set_root_fq(end, room(longest)))
     }
 
     /// Packets that are on their way.
-    pub fn packets(&self, netlink: &mut Netlink) -> Result<u32> {
+    pub fn packets(self, netlink: &mut Netlink) -> Result<u32> {
         let mut packets = 0;
         for end in self.ends {
             packets += netlink.root_qdisc(end)?.map_or(0, |root| root.packets);

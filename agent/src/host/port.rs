@@ -75,7 +75,7 @@ impl Support {
                 }
             };
             let line = Line::create(&mut netlink, LOOPBACK, false, Duration::ZERO)
-                .and_then(|line| attach_line(&mut programs, &mut netlink, &line, LOOPBACK, false, hook));
+                .and_then(|line| attach_line(&mut programs, &mut netlink, line, LOOPBACK, false, hook));
             let no_line = line.err().map(|e| format!("{:#}", e.root_cause()));
             let tap = [true, false].into_iter().try_for_each(|whole| {
                 let device = Device::create(whole)?;
@@ -137,7 +137,7 @@ fn attach_tap(programs: &mut Programs, netlink: &mut Netlink, device: &Device, h
 fn attach_line(
     programs: &mut Programs,
     netlink: &mut Netlink,
-    line: &Line,
+    line: Line,
     interface: u32,
     outside: bool,
     hook: Hook,
@@ -280,10 +280,10 @@ impl Place {
         lock(&self.port).as_ref().is_some_and(|port| port.made_clsact)
     }
 
-    /// The settings of the loopback interface that the open port has changed.
+    /// What the open port changed so that the loopback interface takes packets from elsewhere.
     #[must_use]
-    pub fn made_localnet(&self) -> Vec<String> {
-        lock(&self.port).as_ref().map(|port| port.made_localnet.clone()).unwrap_or_default()
+    pub fn made_localnet(&self) -> localnet::Changed {
+        lock(&self.port).as_ref().map(|port| port.made_localnet).unwrap_or_default()
     }
 
     /// The clauses that come before those of a new rule, rule by rule.
@@ -470,7 +470,7 @@ struct Port {
     line: Option<Line>,
     taps: [Option<Tap>; LANES],
     made_clsact: bool,
-    made_localnet: Vec<String>,
+    made_localnet: localnet::Changed,
     /// The longest time for which any rule holds a packet.
     longest: Duration,
     clauses: [Option<(usize, Clause)>; CLAUSES],
@@ -502,7 +502,7 @@ impl Port {
             line: None,
             taps: [const { None }; LANES],
             made_clsact: false,
-            made_localnet: Vec::new(),
+            made_localnet: localnet::Changed::default(),
             longest: Duration::ZERO,
             clauses: [const { None }; CLAUSES],
             rules: [false; RULES],
@@ -574,7 +574,7 @@ impl Port {
     }
 
     fn write_action(&mut self, rule: usize, spec: &Spec) -> Result<()> {
-        let mut action = spec.action;
+        let mut action = spec.action.clone();
         if let Some(quantiles) = &spec.quantiles {
             action.table = 1 + self.programs.set_quantiles(rule, quantiles)? as u64;
         }
@@ -728,8 +728,8 @@ impl Port {
             let mut netlink = Netlink::open()?;
             if spec.detours() && self.interface.loopback {
                 let missing = localnet::missing()?;
-                self.made_localnet.extend_from_slice(&missing);
-                localnet::set(&missing, true)?;
+                self.made_localnet = self.made_localnet.or(missing);
+                localnet::set(missing, true)?;
             }
             let owners = spec.clauses.iter().any(|clause| clause.ingress && clause.cgroups.is_some());
             if owners && !self.attached[Direction::Egress as usize] {
@@ -775,7 +775,7 @@ impl Port {
         let line = Line::create(netlink, index, outside, self.longest)?;
         // From here on it is ours to remove.
         self.line = Some(line);
-        attach_line(&mut self.programs, netlink, &line, index, outside, self.support.hook)?;
+        attach_line(&mut self.programs, netlink, line, index, outside, self.support.hook)?;
         let table = self.programs.table();
         table.line.store(1);
         for (hook, end) in [Direction::Egress, Direction::Ingress].into_iter().zip(line.ends) {
@@ -858,7 +858,7 @@ impl Port {
                 // The queues send off what they hold, which takes the programs.
                 drop(taps);
                 if let Some(line) = line {
-                    drain(&mut netlink, &line, longest.min(LONGEST_DRAIN))?;
+                    drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
                 }
                 // Links end here; filters are found by their names.
                 drop(programs);
@@ -871,8 +871,7 @@ impl Port {
                 if made_clsact {
                     netlink.remove_empty_clsact(interface.index)?;
                 }
-                localnet::set(&made_localnet, false)?;
-                Ok(())
+                localnet::set(made_localnet, false)
             })
             .with_context(|| format!("taking our programs off {name}"))
     }
@@ -921,7 +920,7 @@ fn scratch() -> Result<Port> {
 }
 
 /// Waits until a line is empty, or as long as it may hold a packet.
-fn drain(netlink: &mut Netlink, line: &Line, longest: Duration) -> Result<()> {
+fn drain(netlink: &mut Netlink, line: Line, longest: Duration) -> Result<()> {
     let end = Instant::now() + longest;
     while Instant::now() < end && line.packets(netlink)? > 0 {
         thread::sleep(Duration::from_millis(5));
@@ -929,38 +928,52 @@ fn drain(netlink: &mut Netlink, line: &Line, longest: Duration) -> Result<()> {
     Ok(())
 }
 
-/// What lets the loopback interface of the calling thread's network namespace take packets for this host that come without
-/// their route, as they do after a detour: to 127.0.0.0/8 (`route_localnet`), and from an address of this host
-/// (`accept_local`) (`ip_route_input_slow` and `fib_validate_source`, Linux 6.1 net/ipv4/route.c and fib_frontend.c). For this
-/// interface alone that lets nobody in: what comes from it comes from this host.
+/// Whether the loopback interface of the calling thread's network namespace takes packets of this host that come without
+/// their route, as they do after a detour: `route_localnet` for addresses in 127.0.0.0/8 (`ip_route_input_slow`, Linux 6.1
+/// net/ipv4/route.c), `accept_local` for all of the host's own (`fib_validate_source`, net/ipv4/fib_frontend.c). For this
+/// interface alone they let nobody in: what comes from it comes from this host.
 pub mod localnet {
     use std::fs;
 
     use anyhow::{Context, Result};
+    use serde::{Deserialize, Serialize};
 
-    const SETTINGS: [&str; 2] = ["route_localnet", "accept_local"];
+    const FILES: [&str; 2] =
+        ["/proc/sys/net/ipv4/conf/lo/route_localnet", "/proc/sys/net/ipv4/conf/lo/accept_local"];
 
-    fn file(setting: &str) -> String {
-        format!("/proc/sys/net/ipv4/conf/lo/{setting}")
-    }
+    /// Which of the two settings were changed, and have to be taken back.
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+    pub struct Changed([bool; 2]);
 
-    /// The settings that are off.
-    pub fn missing() -> Result<Vec<String>> {
-        let mut missing = Vec::new();
-        for setting in SETTINGS {
-            let file = file(setting);
-            if fs::read_to_string(&file).with_context(|| format!("reading {file}"))?.trim() == "0" {
-                missing.push(setting.to_owned());
-            }
+    impl Changed {
+        /// Whether any was.
+        #[must_use]
+        pub fn any(self) -> bool {
+            self.0.contains(&true)
         }
-        Ok(missing)
+
+        /// Either's.
+        #[must_use]
+        pub fn or(self, other: Self) -> Self {
+            Self([self.0[0] || other.0[0], self.0[1] || other.0[1]])
+        }
     }
 
-    /// Turns settings on or off.
-    pub fn set(settings: &[String], on: bool) -> Result<()> {
-        settings.iter().map(|setting| file(setting)).try_for_each(|file| {
-            fs::write(&file, if on { "1" } else { "0" }).with_context(|| format!("writing {file}"))
-        })
+    /// Which settings would have to change.
+    pub fn missing() -> Result<Changed> {
+        let off = |file: &str| {
+            let text = fs::read_to_string(file).with_context(|| format!("reading {file}"))?;
+            anyhow::Ok(text.trim() == "0")
+        };
+        Ok(Changed([off(FILES[0])?, off(FILES[1])?]))
+    }
+
+    /// Switches settings on, or off again.
+    pub fn set(which: Changed, on: bool) -> Result<()> {
+        for (file, _) in FILES.iter().zip(which.0).filter(|(_, changed)| *changed) {
+            fs::write(file, if on { "1" } else { "0" }).with_context(|| format!("writing {file}"))?;
+        }
+        Ok(())
     }
 }
 

@@ -435,13 +435,14 @@ impl Queue {
                 sent
             }
             // What must not be answered is lost, as at a firewall.
-            Task::Refuse => match frame::refusal(&packet.frame[VNET..]) {
-                Some(answer) => self.answer(&answer).map(|()| rule.refused.add(1)),
-                None => {
+            Task::Refuse => {
+                if let Some(answer) = frame::refusal(&packet.frame[VNET..]) {
+                    self.answer(&answer).map(|()| rule.refused.add(1))
+                } else {
                     rule.dropped.add(1);
                     Ok(())
                 }
-            },
+            }
             Task::Reset => match frame::resets(&packet.frame[VNET..]) {
                 Some([back, onward]) => {
                     let onward = [&[0; VNET][..], &onward].concat();
@@ -459,7 +460,8 @@ impl Queue {
     }
 
     fn send(&self, packet: &Held) -> io::Result<()> {
-        (&self.file).write(&packet.frame)?;
+        // The device takes a frame whole or not at all.
+        (&self.file).write_all(&packet.frame)?;
         if packet.due & ARRIVED != packet.arrived {
             let delay = now().wrapping_sub(packet.arrived) & ARRIVED;
             let rule = usize::from(packet.rule) % RULES;
@@ -474,7 +476,7 @@ impl Queue {
         let Some(mut answers) = self.answers.as_ref() else {
             return Err(io::Error::other("this queue has no way back"));
         };
-        answers.write(&[&[0; VNET][..], frame].concat()).map(drop)
+        answers.write_all(&[&[0; VNET][..], frame].concat())
     }
 }
 
