@@ -49,8 +49,9 @@ impl NameServer {
     pub fn start(netns: &Netns, like: IpAddr) -> Result<Self> {
         let socket = netns.udp(like, 53)?;
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
-        let (zone, asked, stop): (Arc<Mutex<Zone>>, Arc<Mutex<Vec<String>>>, Arc<AtomicBool>) =
-            Default::default();
+        let zone = Arc::<Mutex<Zone>>::default();
+        let asked = Arc::<Mutex<Vec<String>>>::default();
+        let stop = Arc::<AtomicBool>::default();
         let shared = (Arc::clone(&zone), Arc::clone(&asked), Arc::clone(&stop));
         let thread = thread::spawn(move || {
             let (zone, asked, stop) = shared;

@@ -1,13 +1,23 @@
 //! Whatever happens to the agent, every fault ends, and the host is as it was.
 
-use std::time::Duration;
+use std::{
+    fs,
+    io::ErrorKind,
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
+use hickory_proto::{op::ResponseCode, rr::RecordType};
 use squall_proto::v1::{
-    ArmRequest, CpuFault, Delay, Direction, Fault, InterfaceSelector, ListRequest, Loss, MemoryFault,
-    NetworkFault, ProcessSelector, RenewRequest, State, Target, fault, memory_fault, target,
+    ArmRequest, Chance, Corrupt, CpuFault, Delay, Direction, Dns, DnsAnswer, Fault, InterfaceSelector,
+    ListRequest, Loss, MemoryFault, NetworkFault, ProcessSelector, Rate, Refusal, RenewRequest, State,
+    Target, fault, memory_fault, target,
 };
-use squall_tests::{Agent, AgentOptions, HostState, Lab, Running, Victim, bin_dir, need_root, wait_for};
+use squall_tests::{
+    Agent, AgentOptions, HostState, Lab, NameServer, NetState, Pair, Running, Sockets, Victim, ask, bin_dir,
+    cidr, interface, need_root, wait_for,
+};
 use tokio::time::sleep;
 
 /// Long enough to see a fault, short enough to wait for its end.
@@ -33,7 +43,7 @@ trait Case {
 
 struct Network {
     lab: Lab,
-    before: squall_tests::NetState,
+    before: NetState,
     fault: NetworkFault,
     /// Bounds of the share of pings that stay unanswered, and of the median round trip in milliseconds.
     loss: (f64, f64),
@@ -63,6 +73,25 @@ impl Network {
     fn partition() -> Result<Self> {
         Self::new(NetworkFault { partition: true, ..NetworkFault::default() }, (1.0, 1.0), (0.0, 0.0))
     }
+
+    fn refusal() -> Result<Self> {
+        let fault = NetworkFault { refusal: Refusal::Answer.into(), ..NetworkFault::default() };
+        Self::new(fault, (1.0, 1.0), (0.0, 0.0))
+    }
+
+    /// Every packet has a wrong checksum.
+    fn corruption() -> Result<Self> {
+        let corrupt =
+            Some(Corrupt { chance: Some(Chance { ratio: 1.0, ..Chance::default() }), silent: false });
+        Self::new(NetworkFault { corrupt, ..NetworkFault::default() }, (1.0, 1.0), (0.0, 0.0))
+    }
+
+    /// A ping is 98 bytes, so 39 ms, and the next one waits for it. ping does not wait for the last of them.
+    fn rate() -> Result<Self> {
+        let rate = Some(Rate { bits_per_second: 20_000, ..Rate::default() });
+        let fault = NetworkFault { direction: Direction::Egress.into(), rate, ..NetworkFault::default() };
+        Self::new(fault, (0.0, 0.5), (39.0, 2000.0))
+    }
 }
 
 impl Case for Network {
@@ -90,6 +119,139 @@ impl Case for Network {
             let ping = self.lab.near.ping(address, 20, Duration::from_millis(10))?;
             ensure!(ping.loss() == 0.0 && ping.median()? < 50.0, "{address}: {ping:?}");
         }
+        Ok(())
+    }
+
+    fn remains(&self) -> Result<Vec<String>> {
+        Ok(self.before.changes(&self.lab.near.state()?))
+    }
+}
+
+/// A delay on loopback, which takes settings of the interface.
+struct Loopback {
+    lab: Lab,
+    before: (NetState, Vec<String>),
+}
+
+impl Loopback {
+    fn new() -> Result<Self> {
+        let lab = Lab::new("safety")?;
+        let before = Self::state(&lab)?;
+        Ok(Self { lab, before })
+    }
+
+    fn state(lab: &Lab) -> Result<(NetState, Vec<String>)> {
+        let settings = lab.near.inside(|| {
+            let names = ["route_localnet", "accept_local"].into_iter();
+            let read = |name| {
+                Ok(format!("{name} {}", fs::read_to_string(format!("/proc/sys/net/ipv4/conf/lo/{name}"))?))
+            };
+            names.map(read).collect()
+        })?;
+        Ok((lab.near.state()?, settings))
+    }
+
+    fn rtts(&self) -> Result<[f64; 2]> {
+        Ok([self.lab.near.rtt_with("127.0.0.1")?, self.lab.near.rtt_with("::1")?])
+    }
+}
+
+impl Case for Loopback {
+    fn target(&self) -> Target {
+        interface("lo", self.lab.near.name())
+    }
+
+    fn fault(&self) -> Fault {
+        let delay = Some(Delay { latency_ns: 50_000_000, ..Delay::default() });
+        let peers = vec![cidr("127.0.0.0/8"), cidr("::1/128")];
+        let fault =
+            NetworkFault { peers, direction: Direction::Egress.into(), delay, ..NetworkFault::default() };
+        Fault { kind: Some(fault::Kind::Network(fault)) }
+    }
+
+    fn hurts(&self) -> Result<()> {
+        let rtts = self.rtts()?;
+        ensure!(rtts.iter().all(|rtt| (99.0..200.0).contains(rtt)), "round trips of {rtts:?} ms");
+        Ok(())
+    }
+
+    fn is_well(&self) -> Result<()> {
+        let rtts = self.rtts()?;
+        ensure!(rtts.iter().all(|rtt| *rtt < 30.0), "round trips of {rtts:?} ms");
+        Ok(())
+    }
+
+    fn remains(&self) -> Result<Vec<String>> {
+        let (state, settings) = Self::state(&self.lab)?;
+        let mut remains = self.before.0.changes(&state);
+        remains.extend(settings.into_iter().filter(|setting| !self.before.1.contains(setting)));
+        Ok(remains)
+    }
+}
+
+/// What ends a conversation: every TCP connection is reset, or no name exists.
+struct Conversation {
+    lab: Lab,
+    before: NetState,
+    listener: TcpListener,
+    _names: NameServer,
+    dns: bool,
+}
+
+impl Conversation {
+    fn new(dns: bool) -> Result<Self> {
+        let lab = Lab::new("safety")?;
+        let before = lab.near.state()?;
+        let listener = lab.far.listen(7000)?;
+        let names = NameServer::start(&lab.far, Lab::FAR)?;
+        names.set("shop.test", &[Lab::FAR]);
+        Ok(Self { lab, before, listener, _names: names, dns })
+    }
+
+    /// Connections are reset.
+    fn reset() -> Result<Self> {
+        Self::new(false)
+    }
+
+    /// Names do not exist.
+    fn dns() -> Result<Self> {
+        Self::new(true)
+    }
+
+    fn code(&self) -> Result<ResponseCode> {
+        let (answer, _) = ask(&self.lab.near, Lab::FAR, "shop.test", RecordType::A, Duration::from_secs(5))?;
+        Ok(answer.context("no answer")?.code)
+    }
+}
+
+impl Case for Conversation {
+    fn target(&self) -> Target {
+        interface("near0", self.lab.near.name())
+    }
+
+    fn fault(&self) -> Fault {
+        let dns = Dns { answer: DnsAnswer::Nxdomain.into(), ..Dns::default() };
+        let fault =
+            NetworkFault { reset: !self.dns, dns: self.dns.then_some(dns), ..NetworkFault::default() };
+        Fault { kind: Some(fault::Kind::Network(fault)) }
+    }
+
+    fn hurts(&self) -> Result<()> {
+        if self.dns {
+            let code = self.code()?;
+            ensure!(code == ResponseCode::NXDomain, "{code}");
+            return Ok(());
+        }
+        let to = SocketAddr::new(Lab::FAR, self.listener.local_addr()?.port());
+        let how = self.lab.near.connect(to, Duration::from_secs(5))?.err().context("it connects")?;
+        ensure!(how.kind() == ErrorKind::ConnectionRefused, "{how}");
+        Ok(())
+    }
+
+    fn is_well(&self) -> Result<()> {
+        let code = self.code()?;
+        ensure!(code == ResponseCode::NoError, "{code}");
+        Pair::new(&self.lab.near, &self.listener, Lab::FAR)?.exchange()?;
         Ok(())
     }
 
@@ -243,6 +405,36 @@ async fn sigkill_during_partition() -> Result<()> {
 }
 
 #[tokio::test]
+async fn sigkill_during_refusal() -> Result<()> {
+    killed(Network::refusal()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_corruption() -> Result<()> {
+    killed(Network::corruption()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_a_rate() -> Result<()> {
+    killed(Network::rate()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_delay_on_loopback() -> Result<()> {
+    killed(Loopback::new()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_resets() -> Result<()> {
+    killed(Conversation::reset()?).await
+}
+
+#[tokio::test]
+async fn sigkill_during_wrong_dns_answers() -> Result<()> {
+    killed(Conversation::dns()?).await
+}
+
+#[tokio::test]
 async fn sigkill_during_cpu_load() -> Result<()> {
     need_root()?;
     killed(Cpu(Victim::start("safety", 256 * MIB)?)).await
@@ -265,6 +457,26 @@ async fn sigterm_during_partition() -> Result<()> {
 }
 
 #[tokio::test]
+async fn sigterm_during_refusal() -> Result<()> {
+    terminated(Network::refusal()?).await
+}
+
+#[tokio::test]
+async fn sigterm_during_a_rate() -> Result<()> {
+    terminated(Network::rate()?).await
+}
+
+#[tokio::test]
+async fn sigterm_during_delay_on_loopback() -> Result<()> {
+    terminated(Loopback::new()?).await
+}
+
+#[tokio::test]
+async fn sigterm_during_wrong_dns_answers() -> Result<()> {
+    terminated(Conversation::dns()?).await
+}
+
+#[tokio::test]
 async fn sigterm_during_cpu_load() -> Result<()> {
     need_root()?;
     terminated(Cpu(Victim::start("safety", 256 * MIB)?)).await
@@ -284,6 +496,21 @@ async fn a_lease_that_nobody_renews_ends_delay() -> Result<()> {
 #[tokio::test]
 async fn a_lease_that_nobody_renews_ends_loss() -> Result<()> {
     abandoned(Network::loss()?).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_corruption() -> Result<()> {
+    abandoned(Network::corruption()?).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_delay_on_loopback() -> Result<()> {
+    abandoned(Loopback::new()?).await
+}
+
+#[tokio::test]
+async fn a_lease_that_nobody_renews_ends_resets() -> Result<()> {
+    abandoned(Conversation::reset()?).await
 }
 
 #[tokio::test]

@@ -24,8 +24,9 @@ use crate::{
 };
 
 /// Modules that the faults and their tests need, where the kernel has them as modules.
-const MODULES: [&str; 17] = [
+const MODULES: [&str; 18] = [
     "veth",
+    "8021q",
     "ifb",
     "dummy",
     "tun",
