@@ -3,11 +3,14 @@
 use std::{net::IpAddr, thread, time::Duration, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use squall_proto::v1::{
     ArmRequest, Delay, Direction, Fault, Injection, InterfaceSelector, ListRequest, Loss, NetworkFault, Peer,
-    PortRange, Protocol, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient, fault,
-    target,
+    PortRange, Protocol, Refusal, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient,
+    fault, target,
 };
 use squall_tests::{Agent, AgentOptions, Lab, Netns, Stream, unique};
 use tonic::transport::Channel;
@@ -349,6 +352,27 @@ async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()>
     ensure!(bench.loss(Lab::FAR)? < 0.01, "packets are lost");
     bench.agent.restart().await?;
     assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    Ok(())
+}
+
+/// A fault must not become a cut-off because the agent is stuck.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {
+    let mut bench = Bench::new("hang").await?;
+    let refusal = NetworkFault { refusal: Refusal::Answer.into(), ..NetworkFault::default() };
+    for fault in [delay(50 * MS, Direction::Both), refusal] {
+        let injection = bench.inject(fault.clone()).await?;
+        let refuses = fault.refusal() == Refusal::Answer;
+        ensure!(if refuses { bench.loss(Lab::FAR)? > 0.99 } else { bench.rtt(Lab::FAR)? > 99.0 }, "not hurt");
+        let agent = Pid::from_raw(bench.agent.pid().cast_signed());
+        kill(agent, Signal::SIGSTOP)?;
+        // A queue is taken to be there for a second after it last said so.
+        thread::sleep(Duration::from_millis(1500));
+        let loss = bench.loss(Lab::FAR);
+        kill(agent, Signal::SIGCONT)?;
+        ensure!(loss? < 0.01, "packets are lost: {fault:?}");
+        bench.revert(&injection.id).await?;
+    }
     Ok(())
 }
 
