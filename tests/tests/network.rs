@@ -324,6 +324,37 @@ async fn a_qdisc_that_somebody_configured_stays() -> Result<()> {
     Ok(())
 }
 
+/// Packets that somebody else's filter has seen, as far as the kernel counts them.
+fn seen_by_others(lab: &Lab) -> Result<Option<u64>> {
+    let shown = lab.near.tc("-s filter show dev near0 egress")?;
+    let sent = shown.split_once("Sent ").and_then(|(_, rest)| rest.split_whitespace().nth(2));
+    Ok(sent.map(str::parse).transpose()?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_that_somebody_put_there_work_on_and_stay() -> Result<()> {
+    let mut bench = Bench::new("filters").await?;
+    bench.lab.near.tc("qdisc add dev near0 clsact")?;
+    // A meter that lets everything through, and counts; where the kernel has none, a filter that only classifies.
+    let add = "filter add dev near0 egress protocol ip pref 7";
+    let meter = format!("{add} matchall action police rate 10gbit burst 1m conform-exceed ok/ok");
+    if bench.lab.near.tc(&meter).is_err() {
+        bench.lab.near.tc(&format!("{add} u32 match ip dst 0.0.0.0/0 flowid 1:1"))?;
+    }
+    let before = bench.lab.near.state()?;
+    for fault in [delay(20 * MS, Direction::Both), loss(0.0001, Direction::Both)] {
+        let counted = seen_by_others(&bench.lab)?;
+        let injection = bench.inject(fault).await?;
+        ensure!(bench.loss(Lab::FAR)? < 0.01, "packets are lost");
+        let now = seen_by_others(&bench.lab)?;
+        // The five pings, each once: not before and after its detour.
+        ensure!(counted.zip(now).is_none_or(|(then, now)| now == then + 5), "{counted:?} then, {now:?} now");
+        bench.revert(&injection.id).await?;
+        assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()> {
     let mut bench = Bench::new("kill").await?;
