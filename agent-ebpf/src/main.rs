@@ -92,7 +92,7 @@ struct Maps<'a> {
 #[inline(always)]
 fn cgroup_set(id: u64) -> u64 {
     // SAFETY: the value is a number, copied at once.
-    unsafe { CGROUP_SETS.get(&id) }.copied().unwrap_or(0)
+    unsafe { CGROUP_SETS.get(id) }.copied().unwrap_or(0)
 }
 
 /// Notes whose flow a packet belongs to that leaves, where a rule will ask when packets of it arrive.
@@ -107,7 +107,7 @@ fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
     }
     if let Some(packet) = packet::parse(skb, skb.ethertype(), skb.vlan(), link_header, Direction::Egress) {
         // Where there is no memory the flow is nobody's.
-        let _full = FLOW_OWNERS.insert(&packet.flow(), &id, 0);
+        let _full = FLOW_OWNERS.insert(packet.flow(), id, 0);
     }
 }
 
@@ -136,12 +136,12 @@ impl Lookup for Maps<'_> {
             Direction::Ingress => {
                 // An arriving packet has no socket yet. It is whoever's the flow is that left here, or who listens.
                 // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
-                if let Some(id) = unsafe { FLOW_OWNERS.get(&self.packet.flow()) } {
+                if let Some(id) = unsafe { FLOW_OWNERS.get(self.packet.flow()) } {
                     return cgroup_set(*id);
                 }
                 let port = self.packet.port_pair.get().unwrap_or(0) & 0xffff;
                 // SAFETY: as above.
-                match unsafe { PORT_OWNERS.get(&endpoint(self.packet.kind, port)) } {
+                match unsafe { PORT_OWNERS.get(endpoint(self.packet.kind, port)) } {
                     Some(id) => cgroup_set(*id),
                     None => 0,
                 }
@@ -433,15 +433,12 @@ impl Place<'_> {
         } else {
             None
         };
-        let sent = match detour {
-            Some(lane) => {
-                self.note(if fate.corrupt { self.corruption() } else { self.order() }, fate.due, now);
-                self.skb.clone_redirect(lane, false)
-            }
-            None => {
-                self.note(0, 0, 0);
-                self.skb.clone_redirect(self.skb.ifindex(), matches!(self.hook, Direction::Ingress))
-            }
+        let sent = if let Some(lane) = detour {
+            self.note(if fate.corrupt { self.corruption() } else { self.order() }, fate.due, now);
+            self.skb.clone_redirect(lane, false)
+        } else {
+            self.note(0, 0, 0);
+            self.skb.clone_redirect(self.skb.ifindex(), matches!(self.hook, Direction::Ingress))
         };
         self.skb.clear_note();
         if !sent {
@@ -490,18 +487,16 @@ impl Place<'_> {
     #[inline(always)]
     fn flow(&self, packet: &Packet, f: impl FnOnce(&mut Flow) -> u64) -> u64 {
         let key = decide::hash(packet.flow(), self.index as u64, self.rule.not_before.load());
-        match FLOW_TABLE.get_ptr_mut(&key) {
+        if let Some(flow) = FLOW_TABLE.get_ptr_mut(key) {
             // SAFETY: the value stays valid while the program runs. Two packets of a flow at the same moment may overwrite
             // each other's change, which costs one packet's bytes.
-            Some(flow) => f(unsafe { &mut *flow }),
-            None => {
-                let mut flow = Flow::default();
-                let result = f(&mut flow);
-                // Where there is no memory the flow is new again next time.
-                let _full = FLOW_TABLE.insert(&key, &flow, 0);
-                result
-            }
+            return f(unsafe { &mut *flow });
         }
+        let mut flow = Flow::default();
+        let result = f(&mut flow);
+        // Where there is no memory the flow is new again next time.
+        let _full = FLOW_TABLE.insert(key, flow, 0);
+        result
     }
 }
 

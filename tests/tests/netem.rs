@@ -74,8 +74,10 @@ async fn many_flows_are_as_fast_as_under_netem() -> Result<()> {
     let mut duel = Duel::new("flows").await?;
     let run = |lab: &Lab| lab.near.streams(&lab.far, FAR, Duration::from_secs(4), 16);
     let peer = if duel.netem { Side::Netem("delay 10ms limit 100000".into()) } else { Side::Nothing };
-    // Without netem the peer is the unhurt wire, and the agent's TAP queue carries one in twenty at least.
-    let least = if duel.netem { 0.9 } else { 0.05 };
+    // Sixteen flows at 10 ms are as fast as the CPU, and an emulated one pays for each hop of the detour: it is `cargo xtask
+    // bench network` that says how much, this test only that nothing strangles them. Without netem the peer is the unhurt
+    // wire, and the agent's TAP queue carries one in twenty at least.
+    let least = if duel.netem { 0.5 } else { 0.05 };
     let mut best = [0.0_f64; 2];
     for turn in 1.. {
         for (side, best) in [Side::ours(delay(10)), peer.clone()].iter().zip(&mut best) {

@@ -3,11 +3,14 @@
 use std::{net::IpAddr, thread, time::Duration, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use squall_proto::v1::{
     ArmRequest, Delay, Direction, Fault, Injection, InterfaceSelector, ListRequest, Loss, NetworkFault, Peer,
-    PortRange, Protocol, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient, fault,
-    target,
+    PortRange, Protocol, Refusal, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient,
+    fault, target,
 };
 use squall_tests::{Agent, AgentOptions, Lab, Netns, Stream, unique};
 use tonic::transport::Channel;
@@ -321,6 +324,37 @@ async fn a_qdisc_that_somebody_configured_stays() -> Result<()> {
     Ok(())
 }
 
+/// Packets that somebody else's filter has seen, as far as the kernel counts them.
+fn seen_by_others(lab: &Lab) -> Result<Option<u64>> {
+    let shown = lab.near.tc("-s filter show dev near0 egress")?;
+    let sent = shown.split_once("Sent ").and_then(|(_, rest)| rest.split_whitespace().nth(2));
+    Ok(sent.map(str::parse).transpose()?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_that_somebody_put_there_work_on_and_stay() -> Result<()> {
+    let mut bench = Bench::new("filters").await?;
+    bench.lab.near.tc("qdisc add dev near0 clsact")?;
+    // A meter that lets everything through, and counts; where the kernel has none, a filter that only classifies.
+    let add = "filter add dev near0 egress protocol ip pref 7";
+    let meter = format!("{add} matchall action police rate 10gbit burst 1m conform-exceed ok/ok");
+    if bench.lab.near.tc(&meter).is_err() {
+        bench.lab.near.tc(&format!("{add} u32 match ip dst 0.0.0.0/0 flowid 1:1"))?;
+    }
+    let before = bench.lab.near.state()?;
+    for fault in [delay(20 * MS, Direction::Both), loss(0.0001, Direction::Both)] {
+        let counted = seen_by_others(&bench.lab)?;
+        let injection = bench.inject(fault).await?;
+        ensure!(bench.loss(Lab::FAR)? < 0.01, "packets are lost");
+        let now = seen_by_others(&bench.lab)?;
+        // The five pings, each once: not before and after its detour.
+        ensure!(counted.zip(now).is_none_or(|(then, now)| now == then + 5), "{counted:?} then, {now:?} now");
+        bench.revert(&injection.id).await?;
+        assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()> {
     let mut bench = Bench::new("kill").await?;
@@ -349,6 +383,27 @@ async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()>
     ensure!(bench.loss(Lab::FAR)? < 0.01, "packets are lost");
     bench.agent.restart().await?;
     assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    Ok(())
+}
+
+/// A fault must not become a cut-off because the agent is stuck.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {
+    let mut bench = Bench::new("hang").await?;
+    let refusal = NetworkFault { refusal: Refusal::Answer.into(), ..NetworkFault::default() };
+    for fault in [delay(50 * MS, Direction::Both), refusal] {
+        let injection = bench.inject(fault.clone()).await?;
+        let refuses = fault.refusal() == Refusal::Answer;
+        ensure!(if refuses { bench.loss(Lab::FAR)? > 0.99 } else { bench.rtt(Lab::FAR)? > 99.0 }, "not hurt");
+        let agent = Pid::from_raw(bench.agent.pid().cast_signed());
+        kill(agent, Signal::SIGSTOP)?;
+        // A queue is taken to be there for a second after it last said so.
+        thread::sleep(Duration::from_millis(1500));
+        let loss = bench.loss(Lab::FAR);
+        kill(agent, Signal::SIGCONT)?;
+        ensure!(loss? < 0.01, "packets are lost: {fault:?}");
+        bench.revert(&injection.id).await?;
+    }
     Ok(())
 }
 

@@ -108,7 +108,7 @@ impl AnyFault {
         self.0.kind()
     }
 
-    /// [`Fault::SCOPE`].
+    /// [`Fault::scope`].
     pub fn scope(&self) -> Scope {
         self.0.scope()
     }
