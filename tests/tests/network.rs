@@ -397,8 +397,8 @@ async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {
         ensure!(if refuses { bench.loss(Lab::FAR)? > 0.99 } else { bench.rtt(Lab::FAR)? > 99.0 }, "not hurt");
         let agent = Pid::from_raw(bench.agent.pid().cast_signed());
         kill(agent, Signal::SIGSTOP)?;
-        // A queue is taken to be there for a second after it last said so.
-        thread::sleep(Duration::from_millis(1500));
+        // A queue is taken to be there for three seconds after it last said so.
+        thread::sleep(Duration::from_millis(3500));
         let loss = bench.loss(Lab::FAR);
         kill(agent, Signal::SIGCONT)?;
         ensure!(loss? < 0.01, "packets are lost: {fault:?}");

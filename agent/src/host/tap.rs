@@ -58,8 +58,8 @@ const BATCH: usize = 32;
 /// Frames the device keeps for us to read.
 const QUEUE: libc::c_int = 16_384;
 
-/// For so long the program takes a queue to be there that has not said so again.
-const ALIVE: Duration = Duration::from_secs(1);
+/// For so long the program takes a queue to be there that has not said so again. A busy machine may keep it waiting for a second.
+const ALIVE: Duration = Duration::from_secs(3);
 /// How often a queue says so.
 const BEAT: Duration = Duration::from_millis(250);
 /// The bits of an arrival time that travel with a packet.
