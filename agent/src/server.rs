@@ -19,7 +19,7 @@ use crate::{
     journal,
     limits::Invalid,
     sample::Sampler,
-    target::{Selector, resolve},
+    target::{Scope, Selector, resolve},
 };
 
 /// Shortest interval of a stream, so that a client cannot keep the agent busy.
@@ -210,7 +210,12 @@ fn selector(target: Option<v1::Target>) -> Result<Selector, Status> {
 }
 
 fn resolved(selector: &Selector) -> v1::Resolved {
-    match resolve(selector, crate::target::Scope::Process) {
+    // An interface is the one target that is no process.
+    let scope = match selector {
+        Selector::Interface { .. } => Scope::Network,
+        Selector::Process { .. } | Selector::Cgroup(_) => Scope::Process,
+    };
+    match resolve(selector, scope) {
         Ok(targets) => {
             v1::Resolved { targets: targets.iter().map(Into::into).collect(), error: String::new() }
         }
@@ -253,4 +258,26 @@ async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> 
     tokio::task::spawn_blocking(f)
         .await
         .map_err(|e| Status::internal(format!("a task of the agent failed: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_target_resolves() {
+        let interface =
+            Selector::Interface { name: "lo".to_owned(), netns: crate::target::NetnsSelector::Own };
+        let found = resolved(&interface);
+        assert_eq!((found.error.as_str(), found.targets.len()), ("", 1));
+        let none = Selector::Process { pid: None, exe: Some("squall-none".to_owned()), cmdline: None };
+        assert!(resolved(&none).error.contains("squall-none"));
+    }
+
+    #[test]
+    fn a_text_too_long_for_a_header_keeps_its_ends() {
+        assert_eq!(fitting("short".to_owned()), "short");
+        let long = fitting(format!("begin{}end", "x".repeat(30_000)));
+        assert!(long.starts_with("begin") && long.ends_with("end") && long.len() < 4000, "{}", long.len());
+    }
 }
