@@ -1,6 +1,11 @@
 //! What the agent tells Prometheus. Few labels, never an id.
 
-use std::{net::SocketAddr, sync::LazyLock, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{LazyLock, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use axum::{Router, extract::State, http::header, routing::get};
@@ -24,6 +29,9 @@ pub struct Metrics {
     ended: IntCounterVec,
     failed_reverts: IntCounterVec,
     revert_seconds: HistogramVec,
+    packets: IntCounterVec,
+    /// How many packets of each injection are in the counter already, by what became of them.
+    counted: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
 }
 
 impl Metrics {
@@ -56,6 +64,12 @@ impl Metrics {
                 &["kind"],
                 vec![0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
             )?,
+            packets: register_int_counter_vec!(
+                "squall_fault_packets_total",
+                "Packets that faults were about, by what became of them.",
+                &["kind", "effect"]
+            )?,
+            counted: Mutex::default(),
         })
     }
 
@@ -71,6 +85,24 @@ impl Metrics {
             self.injections
                 .with_label_values(&[injection.kind.as_str(), injection.state().as_str_name()])
                 .inc();
+        }
+    }
+
+    /// What the injections did since they were counted last.
+    fn count_packets(&self, injections: &[Injection]) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        counted.retain(|id, _| injections.iter().any(|injection| injection.id == *id));
+        for injection in injections {
+            let before = counted.entry(injection.id.clone()).or_default();
+            let figures = injection.effect.iter().flat_map(|effect| &effect.figures);
+            for figure in figures.filter(|figure| figure.unit == "packets") {
+                let now = figure.value as u64;
+                let before = before.entry(figure.name.clone()).or_default();
+                self.packets
+                    .with_label_values(&[injection.kind.as_str(), figure.name.as_str()])
+                    .inc_by(now.saturating_sub(*before));
+                *before = now;
+            }
         }
     }
 
@@ -98,8 +130,37 @@ pub async fn serve(address: SocketAddr, engine: Engine) -> Result<()> {
 }
 
 async fn text(State(engine): State<Engine>) -> ([(header::HeaderName, &'static str); 1], Vec<u8>) {
-    METRICS.count(&engine.list());
+    // Where one is forgotten just while it is asked, all are asked again at the next scrape.
+    if let Ok(injections) = engine.observe(&[]).await {
+        METRICS.count(&injections);
+        METRICS.count_packets(&injections);
+    }
     let mut body = Vec::new();
     TextEncoder::new().encode(&prometheus::gather(), &mut body).expect("a Vec takes every byte");
     ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_are_counted_once_however_often_one_looks() {
+        let injection = |id: &str, dropped: f64| Injection {
+            id: id.to_owned(),
+            kind: "counted".to_owned(),
+            effect: Some(v1::Effect {
+                bit: true,
+                figures: vec![
+                    v1::Figure { name: "dropped".to_owned(), value: dropped, unit: "packets".to_owned() },
+                    v1::Figure { name: "rtt".to_owned(), value: 9.0, unit: "seconds".to_owned() },
+                ],
+            }),
+            ..Injection::default()
+        };
+        METRICS.count_packets(&[injection("a", 3.0)]);
+        METRICS.count_packets(&[injection("a", 5.0), injection("b", 2.0)]);
+        METRICS.count_packets(&[injection("b", 2.0)]);
+        assert_eq!(METRICS.packets.with_label_values(&["counted", "dropped"]).get(), 7);
+    }
 }
