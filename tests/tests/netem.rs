@@ -196,7 +196,8 @@ async fn jitter_has_netems_distributions() -> Result<()> {
             // The wire and the queue add to each packet what says nothing about the distribution.
             let added = quantile(&a, 0.5) - quantile(&b, 0.5);
             println!("{name}: {added} ms more at the median");
-            ensure!((-0.6..1.0).contains(&added), "{name}: {added} ms more at the median");
+            // The median of 1500 draws of ±20 ms is itself good to 0.65 ms (one standard error, normal): four of those.
+            ensure!((-2.6..3.0).contains(&added), "{name}: {added} ms more at the median");
             for delay in &mut a {
                 *delay -= added;
             }
