@@ -193,9 +193,6 @@ pub enum Lane {
 pub const LANES: usize = 6;
 
 impl Lane {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Hold, Self::Work, Self::Segment];
-
     /// Its index in [`Table::lane`] for packets of one direction of the interface.
     #[inline(always)]
     #[must_use]
