@@ -74,7 +74,7 @@ static CGROUP_SETS: HashMap<u64, u64> = HashMap::with_max_entries(CGROUPS, 0);
 #[map]
 static FLOW_TABLE: LruHashMap<u64, Flow> = LruHashMap::with_max_entries(FLOWS, 0);
 
-/// The cgroup (v2) of the socket that sends the packets of a flow.
+/// The cgroup (v2) of the socket that sends the packets of a flow, by [`owned`].
 #[map]
 static FLOW_OWNERS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(FLOWS, 0);
 
@@ -83,9 +83,16 @@ static FLOW_OWNERS: LruHashMap<u64, u64> = LruHashMap::with_max_entries(FLOWS, 0
 static PORT_OWNERS: HashMap<u32, u64> = HashMap::with_max_entries(ENDPOINTS, 0);
 
 struct Maps<'a> {
+    table: &'a Table,
     skb: &'a Skb<'a>,
     hook: Direction,
     packet: &'a Packet,
+}
+
+/// A flow of this port: entries of the interface that the programs served before are nobody's.
+#[inline(always)]
+fn owned(table: &Table, packet: &Packet) -> u64 {
+    packet.flow() ^ table.guard.load()
 }
 
 /// The clauses that name a cgroup.
@@ -107,7 +114,7 @@ fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
     }
     if let Some(packet) = packet::parse(skb, skb.ethertype(), skb.vlan(), link_header, Direction::Egress) {
         // Where there is no memory the flow is nobody's.
-        let _full = FLOW_OWNERS.insert(packet.flow(), id, 0);
+        let _full = FLOW_OWNERS.insert(owned(table, &packet), id, 0);
     }
 }
 
@@ -136,7 +143,7 @@ impl Lookup for Maps<'_> {
             Direction::Ingress => {
                 // An arriving packet has no socket yet. It is whoever's the flow is that left here, or who listens.
                 // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
-                if let Some(id) = unsafe { FLOW_OWNERS.get(self.packet.flow()) } {
+                if let Some(id) = unsafe { FLOW_OWNERS.get(owned(self.table, self.packet)) } {
                     return cgroup_set(*id);
                 }
                 let port = self.packet.port_pair.get().unwrap_or(0) & 0xffff;
@@ -204,14 +211,19 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     }
     let Some(head) = packet::head(&skb, skb.ethertype(), skb.vlan(), link_header, way) else { return NEXT };
     let head = head.map(|number| forget(number, live));
-    let set =
-        matching::by_network(table, live, &head.packet, &Maps { skb: &skb, hook, packet: &head.packet });
+    let set = matching::by_network(
+        table,
+        live,
+        &head.packet,
+        &Maps { table, skb: &skb, hook, packet: &head.packet },
+    );
     if set == 0 {
         return NEXT;
     }
     let Some(packet) = head.complete(&skb, way) else { return NEXT };
     let packet = packet.map(|number| forget(number, live));
-    let mut set = matching::by_transport(table, set, &packet, &Maps { skb: &skb, hook, packet: &packet });
+    let mut set =
+        matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet });
     // SAFETY: the helper takes no argument and cannot fail.
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // A rule that has not begun or is over, or makes an exception of this packet, must not shadow those behind it.

@@ -35,7 +35,8 @@ use squall_common::{
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
-    task::AbortHandle,
+    task::{AbortHandle, spawn_blocking},
+    time::sleep,
 };
 
 /// The object that build.rs compiled.
@@ -121,6 +122,9 @@ pub struct Programs {
 
 /// A set that is loaded already: the verifier takes longer than a fault should take to begin.
 static SPARE: Mutex<Option<Programs>> = Mutex::new(None);
+/// How long after one was taken another is loaded, unless that one came back: loading keeps a CPU busy just when a fault
+/// begins.
+const RESTOCK: Duration = Duration::from_secs(1);
 
 impl Programs {
     /// A set of programs, ready to attach. Must be called within the runtime.
@@ -130,27 +134,32 @@ impl Programs {
             Some(programs) => programs,
             None => Self::load()?,
         };
-        Handle::current().spawn_blocking(Self::keep_spare);
+        Handle::current().spawn(async {
+            sleep(RESTOCK).await;
+            spawn_blocking(Self::keep_spare)
+        });
         Ok(programs)
     }
 
     /// Takes every program off again. Must be called in the network namespace in which they were attached.
-    pub fn detach(&mut self) -> Result<()> {
+    pub fn detach(&mut self) {
         for (program, link) in std::mem::take(&mut self.links) {
-            classifier(&mut self.ebpf, program)?
-                .detach(link)
-                .with_context(|| format!("detaching {}", program.name()))?;
+            let detached = classifier(&mut self.ebpf, program).and_then(|p| Ok(p.detach(link)?));
+            // A filter is gone with its TAP device.
+            if let Err(error) = detached {
+                tracing::debug!("detaching {}: {error:#}", program.name());
+            }
         }
-        Ok(())
     }
 
-    /// Gives a set back that was only tried out, detached and without a rule.
+    /// Gives the set to the next port. It is on no interface and has no rule any more.
     pub fn give_back(self) {
+        self.table.clear();
         SPARE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self);
     }
 
     /// Loads a spare set, unless there is one. Must be called within the runtime.
-    pub fn keep_spare() {
+    fn keep_spare() {
         let full = || SPARE.lock().unwrap_or_else(PoisonError::into_inner).is_some();
         if full() {
             return;
@@ -424,6 +433,16 @@ impl<T: Shared> Mapped<T> {
         }
         let memory = NonNull::new(memory.cast()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
         Ok(Self { memory })
+    }
+
+    /// Sets every cell to 0.
+    fn clear(&self) {
+        let cells = ptr::slice_from_raw_parts(
+            self.memory.as_ptr().cast::<Cell>(),
+            size_of::<T>() / size_of::<Cell>(),
+        );
+        // SAFETY: the mapping lives as long as self, and all of it is cells.
+        unsafe { &*cells }.iter().for_each(|cell| cell.store(0));
     }
 }
 

@@ -62,7 +62,7 @@ impl Support {
     /// Tries everything in a network namespace that nobody else sees. Must be called within the runtime.
     pub fn probe() -> Result<Self> {
         let mut programs = Programs::get()?;
-        let support = run_in_new(|| {
+        run_in_new(move || {
             let mut netlink = Netlink::open()?;
             let hook = match programs.attach(Program::Port(Direction::Egress), "lo", Hook::Tcx) {
                 Ok(()) => Hook::Tcx,
@@ -83,19 +83,10 @@ impl Support {
                 device.up()
             });
             let no_tap = tap.err().map(|e| format!("{e:#}"));
-            let detached = programs.detach();
-            Ok((Self { hook, no_line, no_tap, cgroups: socket_cgroups() }, detached))
-        })?;
-        match support {
-            (support, Ok(())) => {
-                programs.give_back();
-                Ok(support)
-            }
-            (support, Err(error)) => {
-                tracing::debug!("taking the programs off what they were tried out on: {error:#}");
-                Ok(support)
-            }
-        }
+            programs.detach();
+            programs.give_back();
+            Ok(Self { hook, no_line, no_tap, cgroups: socket_cgroups() })
+        })
     }
 
     /// How packets can be held back on an interface. The error says what is missing.
@@ -538,7 +529,8 @@ impl Port {
         cells.until.store(window.until.0);
         let end = self.clauses.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
         self.rules[rule] = true;
-        if let Err(error) = self.insert(end, rule, &spec.clauses) {
+        // The kernel waits for all CPUs before it says that a program is attached; it works before that.
+        if let Err(error) = self.insert(end, rule, &spec.clauses).and_then(|()| self.attach(&spec)) {
             self.remove(rule)?;
             return Err(error);
         }
@@ -547,6 +539,7 @@ impl Port {
 
     fn change(&mut self, rule: usize, spec: Spec) -> Result<()> {
         self.prepare(&spec)?;
+        self.attach(&spec)?;
         let clauses = &spec.clauses;
         let old: Vec<usize> = self.slots_of(rule);
         let same = old.iter().filter_map(|&slot| self.clauses[slot].as_ref().map(|(_, c)| c)).eq(clauses);
@@ -742,20 +735,19 @@ impl Port {
         Ok(())
     }
 
-    /// Attaches what a rule needs, and sets up its detours.
+    /// Sets up the detours of a rule.
     fn prepare(&mut self, spec: &Spec) -> Result<()> {
         self.longest = self.longest.max(spec.longest());
+        if !spec.detours() {
+            return Ok(());
+        }
         let netns = Arc::clone(&self.netns);
         netns.run(|| {
             let mut netlink = Netlink::open()?;
-            if spec.detours() && self.interface.loopback {
+            if self.interface.loopback {
                 let missing = localnet::missing()?;
                 self.made_localnet = self.made_localnet.or(missing);
                 localnet::set(missing, true)?;
-            }
-            let owners = spec.clauses.iter().any(|clause| clause.ingress && clause.cgroups.is_some());
-            if owners && !self.attached[Direction::Egress as usize] {
-                self.attach(&mut netlink, Direction::Egress)?;
             }
             for way in [Direction::Egress, Direction::Ingress] {
                 if !spec.passes(way) {
@@ -768,22 +760,41 @@ impl Port {
                 if spec.segments() {
                     self.tap(&mut netlink, Lane::Segment, hook, false)?;
                 }
-                if !self.attached[hook as usize] {
-                    self.attach(&mut netlink, hook)?;
-                }
             }
             if spec.works() { self.work(&mut netlink) } else { Ok(()) }
         })
     }
 
-    fn attach(&mut self, netlink: &mut Netlink, hook: Direction) -> Result<()> {
-        if self.support.hook == Hook::Clsact && !netlink.has_clsact(self.interface.index)? {
-            netlink.add_clsact(self.interface.index)?;
-            self.made_clsact = true;
+    /// Attaches what a rule needs to the interface.
+    fn attach(&mut self, spec: &Spec) -> Result<()> {
+        let mut wanted = [false; 2];
+        for way in [Direction::Egress, Direction::Ingress].into_iter().filter(|&way| spec.passes(way)) {
+            wanted[if self.outside { way.other() } else { way } as usize] = true;
         }
-        self.programs.attach(Program::Port(hook), &self.interface.name, self.support.hook)?;
-        self.attached[hook as usize] = true;
-        Ok(())
+        // Whose an arriving packet is, is noted when those before it leave.
+        let owners = spec.clauses.iter().any(|clause| clause.ingress && clause.cgroups.is_some());
+        wanted[Direction::Egress as usize] |= owners;
+        let missing = |hook: &Direction| wanted[*hook as usize] && !self.attached[*hook as usize];
+        let missing: Vec<Direction> =
+            [Direction::Egress, Direction::Ingress].into_iter().filter(missing).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let netns = Arc::clone(&self.netns);
+        netns.run(|| {
+            if self.support.hook == Hook::Clsact {
+                let mut netlink = Netlink::open()?;
+                if !netlink.has_clsact(self.interface.index)? {
+                    netlink.add_clsact(self.interface.index)?;
+                    self.made_clsact = true;
+                }
+            }
+            for hook in missing {
+                self.programs.attach(Program::Port(hook), &self.interface.name, self.support.hook)?;
+                self.attached[hook as usize] = true;
+            }
+            Ok(())
+        })
     }
 
     fn hold(&mut self, netlink: &mut Netlink, hook: Direction) -> Result<()> {
@@ -858,12 +869,15 @@ impl Port {
     }
 
     /// Takes everything back.
-    fn close(self) -> Result<()> {
+    fn close(mut self) -> Result<()> {
+        for rule in 0..RULES {
+            self.remove(rule)?;
+        }
         let Self {
             netns,
             interface,
             outside,
-            programs,
+            mut programs,
             attached,
             line,
             taps,
@@ -882,8 +896,7 @@ impl Port {
                 if let Some(line) = line {
                     drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
                 }
-                // Links end here; filters are found by their names.
-                drop(programs);
+                programs.detach();
                 if support.hook == Hook::Clsact && attached.contains(&true) {
                     remove_filters(&interface.name)?;
                 }
@@ -893,7 +906,9 @@ impl Port {
                 if made_clsact {
                     netlink.remove_empty_clsact(interface.index)?;
                 }
-                localnet::set(made_localnet, false)
+                localnet::set(made_localnet, false)?;
+                programs.give_back();
+                Ok(())
             })
             .with_context(|| format!("taking our programs off {name}"))
     }
