@@ -572,7 +572,11 @@ async fn only_the_targets_sockets_are_hurt() -> Result<()> {
             let (slow, fast) = (hit.answers(&bench.lab, near)?, neighbour.answers(&bench.lab, near)?);
             // Late are the handshake, which the listener has a part in, and the word or its answer.
             let right = slow.is_some_and(|slow| slow > 399.0) && fast.is_some_and(|fast| fast < 150.0);
-            ensure!(right, "{direction:?} {near}: {slow:?} ms, the neighbour {fast:?} ms");
+            ensure!(
+                right,
+                "{direction:?} {near}: {slow:?} ms, the neighbour {fast:?} ms\n{}",
+                bench.agent.log()
+            );
         }
         bench.update(&injection.id, of_target(partition(direction, vec![]))).await?;
         for near in [Lab::NEAR, Lab::NEAR_V6] {

@@ -7,7 +7,10 @@ use std::{
     ops::Deref,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     ptr::{self, NonNull},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,7 +23,7 @@ use aya::{
     },
     programs::{
         LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
-        tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions, qdisc_detach_program},
+        tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, qdisc_detach_program},
     },
     util::KernelVersion,
 };
@@ -32,12 +35,15 @@ use squall_common::{
     rules::Cidr,
     table::{Bucket, Cell, Direction, HISTOGRAM, QUANTILES, RULES, SETS, TABLES, Table},
 };
+
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
     task::{AbortHandle, spawn_blocking},
     time::sleep,
 };
+
+use super::netns::Netns;
 
 /// The object that build.rs compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/squall-tc"));
@@ -122,8 +128,11 @@ pub struct Programs {
 
 /// A set that is loaded already: the verifier takes longer than a fault should take to begin.
 static SPARE: Mutex<Option<Programs>> = Mutex::new(None);
-/// How long after one was taken another is loaded, unless that one came back: loading keeps a CPU busy just when a fault
-/// begins.
+/// What [`Programs::keep_warm`] keeps.
+static WARM: OnceLock<(Netns, Vec<SchedClassifierLink>)> = OnceLock::new();
+/// How often it was taken or given back.
+static MOVES: AtomicU64 = AtomicU64::new(0);
+/// How long after it was taken another is loaded, unless it came back: loading keeps a CPU busy just when a fault begins.
 const RESTOCK: Duration = Duration::from_secs(1);
 
 impl Programs {
@@ -134,11 +143,32 @@ impl Programs {
             Some(programs) => programs,
             None => Self::load()?,
         };
-        Handle::current().spawn(async {
+        let taken = MOVES.fetch_add(1, Ordering::Relaxed) + 1;
+        Handle::current().spawn(async move {
             sleep(RESTOCK).await;
-            spawn_blocking(Self::keep_spare)
+            if MOVES.load(Ordering::Relaxed) == taken {
+                spawn_blocking(Self::keep_spare);
+            }
         });
         Ok(programs)
+    }
+
+    /// Keeps the hooks of TCX switched on for as long as the agent lives: where no other program of the system is attached, the
+    /// kernel has to patch its code after an attachment before the program runs (`tcx_skeys_inc` in include/net/tcx.h, Linux
+    /// 6.6). One that does nothing, in a network namespace that nobody uses, has it done ahead of need.
+    pub fn keep_warm(&mut self, netns: Netns) -> Result<()> {
+        let program = classifier(&mut self.ebpf, Program::Empty)?;
+        program.load().context("loading the program that does nothing")?;
+        let links = netns.run(|| {
+            let attach = |way| {
+                let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+                let id = program.attach_with_options("lo", way, options)?;
+                Ok(program.take_link(id)?)
+            };
+            [TcAttachType::Egress, TcAttachType::Ingress].into_iter().map(attach).collect::<Result<Vec<_>>>()
+        })?;
+        let _kept_already = WARM.set((netns, links));
+        Ok(())
     }
 
     /// Takes every program off again. Must be called in the network namespace in which they were attached.
@@ -155,6 +185,7 @@ impl Programs {
     /// Gives the set to the next port. It is on no interface and has no rule any more.
     pub fn give_back(self) {
         self.table.clear();
+        MOVES.fetch_add(1, Ordering::Relaxed);
         SPARE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self);
     }
 

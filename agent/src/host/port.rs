@@ -84,6 +84,9 @@ impl Support {
             });
             let no_tap = tap.err().map(|e| format!("{e:#}"));
             programs.detach();
+            if hook == Hook::Tcx {
+                programs.keep_warm(Netns::scratch()?)?;
+            }
             programs.give_back();
             Ok(Self { hook, no_line, no_tap, cgroups: socket_cgroups() })
         })
