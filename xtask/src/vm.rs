@@ -24,8 +24,10 @@ use crate::{
 };
 
 /// Modules that the faults and their tests need, where the kernel has them as modules.
-const MODULES: [&str; 18] = [
+const MODULES: [&str; 20] = [
     "veth",
+    "tcp_diag",
+    "udp_diag",
     "8021q",
     "ifb",
     "dummy",

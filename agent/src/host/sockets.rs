@@ -82,21 +82,28 @@ pub struct Listener {
 
 /// The listening TCP and unconnected UDP sockets of a namespace, IPv4 and IPv6, at most [`MOST`] of each.
 ///
-/// Fails where the namespace cannot be entered, or the kernel has no tcp_diag or no udp_diag.
+/// Fails where the namespace cannot be entered, or the kernel has neither tcp_diag nor udp_diag; where it has one of them,
+/// those of the other are missing.
 pub fn listeners(netns: &Netns) -> Result<Vec<Listener>> {
-    let list = || {
+    let of = |protocol: i32, state: u32| {
         let mut listeners = Vec::new();
-        for (protocol, state) in [(libc::IPPROTO_TCP, TCP_LISTEN), (libc::IPPROTO_UDP, TCP_CLOSE)] {
-            for family in [libc::AF_INET, libc::AF_INET6] {
-                let mut some = Vec::new();
-                dump(request(family as u8, protocol as u8, state), &mut some, |body| {
-                    let port = u16::from_be_bytes(field(body, 4)?);
-                    Some(Listener { tcp: protocol == libc::IPPROTO_TCP, port, cgroup: cgroup(body) })
-                })?;
-                listeners.extend(some);
-            }
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            let mut some = Vec::new();
+            dump(request(family as u8, protocol as u8, state), &mut some, |body| {
+                let port = u16::from_be_bytes(field(body, 4)?);
+                Some(Listener { tcp: protocol == libc::IPPROTO_TCP, port, cgroup: cgroup(body) })
+            })?;
+            listeners.extend(some);
         }
-        Ok(listeners)
+        anyhow::Ok(listeners)
+    };
+    let list = || match [of(libc::IPPROTO_TCP, TCP_LISTEN), of(libc::IPPROTO_UDP, TCP_CLOSE)] {
+        [Ok(tcp), Ok(udp)] => Ok([tcp, udp].concat()),
+        [Ok(some), Err(error)] | [Err(error), Ok(some)] => {
+            tracing::warn!("who listens is known for one of TCP and UDP only: {error:#}");
+            Ok(some)
+        }
+        [Err(error), Err(_)] => Err(error),
     };
     netns.run(list).with_context(|| format!("listing who listens in net:[{}]", netns.inode()))
 }
