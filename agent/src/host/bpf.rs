@@ -11,6 +11,7 @@ use std::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
     time::Duration,
 };
 
@@ -39,8 +40,7 @@ use squall_common::{
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
-    task::{AbortHandle, spawn_blocking},
-    time::sleep,
+    task::AbortHandle,
 };
 
 use super::netns::Netns;
@@ -132,7 +132,7 @@ static SPARE: Mutex<Option<Programs>> = Mutex::new(None);
 static WARM: OnceLock<(Netns, Vec<SchedClassifierLink>)> = OnceLock::new();
 /// How often it was taken or given back.
 static MOVES: AtomicU64 = AtomicU64::new(0);
-/// How long after it was taken another is loaded, unless it came back: loading keeps a CPU busy just when a fault begins.
+/// How long after it was taken another is loaded, unless it came back.
 const RESTOCK: Duration = Duration::from_secs(1);
 
 impl Programs {
@@ -144,12 +144,15 @@ impl Programs {
             None => Self::load()?,
         };
         let taken = MOVES.fetch_add(1, Ordering::Relaxed) + 1;
-        Handle::current().spawn(async move {
-            sleep(RESTOCK).await;
+        let runtime = Handle::current();
+        thread::Builder::new().name("spare".to_owned()).spawn(move || {
+            thread::sleep(RESTOCK);
             if MOVES.load(Ordering::Relaxed) == taken {
-                spawn_blocking(Self::keep_spare);
+                let _inside = runtime.enter();
+                only_when_idle();
+                Self::keep_spare();
             }
-        });
+        })?;
         Ok(programs)
     }
 
@@ -392,6 +395,16 @@ static SOCKET_CGROUPS: OnceLock<bool> = OnceLock::new();
 #[must_use]
 pub fn socket_cgroups() -> bool {
     SOCKET_CGROUPS.get().copied().unwrap_or(false)
+}
+
+/// Lets the calling thread run only where nobody else wants the CPU: the verifier must not be felt by those whom a fault is
+/// about.
+fn only_when_idle() {
+    let no_priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure is valid, and 0 is the calling thread.
+    if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const no_priority) } != 0 {
+        tracing::debug!("lowering the priority of a thread: {}", io::Error::last_os_error());
+    }
 }
 
 fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
