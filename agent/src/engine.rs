@@ -765,7 +765,7 @@ mod tests {
         }
 
         async fn effect(_: &mut Held) -> Result<v1::Effect> {
-            Ok(v1::Effect { bit: true, figures: vec![] })
+            Ok(v1::Effect { bit: true, ..v1::Effect::default() })
         }
 
         async fn revert(undo: &Undo) -> Result<()> {

@@ -1,17 +1,19 @@
 //! What the agent tells Prometheus. Few labels, never an id.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use axum::{Router, extract::State, http::header, routing::get};
 use prometheus::{
-    Encoder, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, TextEncoder, register_histogram_vec,
-    register_int_counter, register_int_counter_vec, register_int_gauge_vec,
+    Encoder, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, TextEncoder,
+    core::{Collector, Desc},
+    proto, register, register_histogram_vec, register_int_counter, register_int_counter_vec,
+    register_int_gauge_vec,
 };
 use squall_proto::v1::{self, Injection};
 
@@ -32,6 +34,92 @@ pub struct Metrics {
     packets: IntCounterVec,
     /// How many packets of each injection are in the counter already, by what became of them.
     counted: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
+    delays: Delays,
+}
+
+/// The delays really added to packets. They are counted in the kernel, so that they cannot be observed one by one.
+#[derive(Clone)]
+struct Delays(Arc<Mutex<DelaysByKind>>, Desc);
+
+#[derive(Default)]
+struct DelaysByKind {
+    /// Packets and the sum of their delays in nanoseconds by bound: of each injection, as it was seen last.
+    seen: BTreeMap<String, BTreeMap<u64, (u64, u64)>>,
+    /// The same of all injections of each kind so far, the bound being a power of two.
+    total: BTreeMap<String, BTreeMap<u64, (u64, u64)>>,
+}
+
+impl Delays {
+    fn register() -> prometheus::Result<Self> {
+        let help = "Delays really added to packets by faults.".to_owned();
+        let desc = Desc::new(
+            "squall_fault_delay_seconds".to_owned(),
+            help,
+            vec!["kind".to_owned()],
+            HashMap::new(),
+        )?;
+        let delays = Self(Arc::default(), desc);
+        register(Box::new(delays.clone()))?;
+        Ok(delays)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, DelaysByKind> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds what injections did since they were counted last.
+    fn count(&self, injections: &[Injection]) {
+        let DelaysByKind { seen, total } = &mut *self.lock();
+        seen.retain(|id, _| injections.iter().any(|injection| injection.id == *id));
+        for injection in injections {
+            for bucket in injection.effect.iter().flat_map(|effect| &effect.delays) {
+                let seen = seen.entry(injection.id.clone()).or_default();
+                let (count, sum) =
+                    seen.insert(bucket.up_to_ns, (bucket.count, bucket.sum_ns)).unwrap_or_default();
+                let total = total.entry(injection.kind.clone()).or_default();
+                let total = total.entry(bucket.up_to_ns.next_power_of_two()).or_default();
+                total.0 += bucket.count.saturating_sub(count);
+                total.1 += bucket.sum_ns.saturating_sub(sum);
+            }
+        }
+    }
+}
+
+impl Collector for Delays {
+    fn desc(&self) -> Vec<&Desc> {
+        vec![&self.1]
+    }
+
+    fn collect(&self) -> Vec<proto::MetricFamily> {
+        let metric = |(kind, buckets): (&String, &BTreeMap<u64, (u64, u64)>)| {
+            let mut histogram = proto::Histogram::default();
+            let (mut count, mut sum) = (0, 0);
+            let mut cumulative = Vec::new();
+            for (&up_to, &(packets, nanoseconds)) in buckets {
+                count += packets;
+                sum += nanoseconds;
+                let mut bucket = proto::Bucket::default();
+                bucket.set_upper_bound(up_to as f64 / 1e9);
+                bucket.set_cumulative_count(count);
+                cumulative.push(bucket);
+            }
+            histogram.set_bucket(cumulative);
+            histogram.set_sample_count(count);
+            histogram.set_sample_sum(sum as f64 / 1e9);
+            let mut label = proto::LabelPair::default();
+            label.set_name("kind".to_owned());
+            label.set_value(kind.clone());
+            let mut metric = proto::Metric::from_label(vec![label]);
+            metric.set_histogram(histogram);
+            metric
+        };
+        let mut family = proto::MetricFamily::default();
+        family.set_name(self.1.fq_name.clone());
+        family.set_help(self.1.help.clone());
+        family.set_field_type(proto::MetricType::HISTOGRAM);
+        family.set_metric(self.lock().total.iter().map(metric).collect());
+        vec![family]
+    }
 }
 
 impl Metrics {
@@ -70,6 +158,7 @@ impl Metrics {
                 &["kind", "effect"]
             )?,
             counted: Mutex::default(),
+            delays: Delays::register()?,
         })
     }
 
@@ -134,6 +223,7 @@ async fn text(State(engine): State<Engine>) -> ([(header::HeaderName, &'static s
     if let Ok(injections) = engine.observe(&[]).await {
         METRICS.count(&injections);
         METRICS.count_packets(&injections);
+        METRICS.delays.count(&injections);
     }
     let mut body = Vec::new();
     TextEncoder::new().encode(&prometheus::gather(), &mut body).expect("a Vec takes every byte");
@@ -155,6 +245,7 @@ mod tests {
                     v1::Figure { name: "dropped".to_owned(), value: dropped, unit: "packets".to_owned() },
                     v1::Figure { name: "rtt".to_owned(), value: 9.0, unit: "seconds".to_owned() },
                 ],
+                delays: vec![],
             }),
             ..Injection::default()
         };
@@ -162,5 +253,36 @@ mod tests {
         METRICS.count_packets(&[injection("a", 5.0), injection("b", 2.0)]);
         METRICS.count_packets(&[injection("b", 2.0)]);
         assert_eq!(METRICS.packets.with_label_values(&["counted", "dropped"]).get(), 7);
+    }
+
+    #[test]
+    fn delays_are_a_histogram_of_all_injections() {
+        let injection = |id: &str, counts: [u64; 2]| {
+            let bucket =
+                |(up_to_ns, count)| v1::DelayBucket { up_to_ns, count, sum_ns: count * (up_to_ns - 1000) };
+            let delays = [1_200_000, 3_000_000].into_iter().zip(counts).map(bucket).collect();
+            let effect = v1::Effect { delays, ..v1::Effect::default() };
+            Injection {
+                id: id.to_owned(),
+                kind: "late".to_owned(),
+                effect: Some(effect),
+                ..Injection::default()
+            }
+        };
+        METRICS.delays.count(&[injection("a", [3, 0])]);
+        METRICS.delays.count(&[injection("a", [5, 1]), injection("b", [0, 4])]);
+        METRICS.delays.count(&[injection("b", [0, 4])]);
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&METRICS.delays.collect(), &mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        for line in [
+            "# TYPE squall_fault_delay_seconds histogram",
+            "squall_fault_delay_seconds_bucket{kind=\"late\",le=\"0.002097152\"} 5",
+            "squall_fault_delay_seconds_bucket{kind=\"late\",le=\"0.004194304\"} 10",
+            "squall_fault_delay_seconds_bucket{kind=\"late\",le=\"+Inf\"} 10",
+            "squall_fault_delay_seconds_count{kind=\"late\"} 10",
+        ] {
+            assert!(text.contains(line), "{line} is not in {text}");
+        }
     }
 }

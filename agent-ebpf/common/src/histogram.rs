@@ -20,6 +20,16 @@ pub fn bucket(delay: u64) -> usize {
     if bucket < BUCKETS { bucket } else { BUCKETS - 1 }
 }
 
+/// Delays in a bucket are shorter than so many nanoseconds; those in the last may be longer.
+#[cfg(any(test, feature = "user"))]
+#[must_use]
+pub const fn bound(bucket: usize) -> u64 {
+    let Some(bucket) = bucket.checked_sub(1) else { return 1 << LEAST };
+    let octave = LEAST + (bucket >> SUB) as u32;
+    let within = (bucket & ((1 << SUB) - 1)) as u64;
+    (1 << octave) + ((within + 1) << (octave - SUB))
+}
+
 /// The quantile `q` (0 to 1) in nanoseconds of buckets given as `(count, sum)`: the mean of the bucket in which it
 /// lies, so a constant delay comes back exactly. `None` without any.
 #[cfg(any(test, feature = "user"))]
@@ -59,6 +69,13 @@ mod tests {
         assert_eq!(bucket(1024), 1);
         assert_eq!(bucket(2048), 9);
         assert_eq!(bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn a_bucket_ends_where_the_next_begins() {
+        for b in 0..BUCKETS - 1 {
+            assert_eq!((bucket(bound(b) - 1), bucket(bound(b))), (b, b + 1));
+        }
     }
 
     #[test]

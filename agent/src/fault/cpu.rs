@@ -200,7 +200,7 @@ impl Fault for CpuFault {
             figure("cpu_used", report.cpu_ns as f64 / 1e9, "seconds"),
             figure("stressor_killed", f64::from(u8::from(held.stressor.was_killed())), "count"),
         ];
-        Ok(v1::Effect { bit: held.bit, figures })
+        Ok(v1::Effect { bit: held.bit, figures, ..v1::Effect::default() })
     }
 
     async fn revert(undo: &Undo) -> Result<()> {

@@ -301,7 +301,7 @@ impl Fault for MemoryFault {
         if let Some(kills) = held.room.cgroup.as_ref().and_then(Memory::oom_kills) {
             figures.push(figure("oom_kills", kills as f64, "count"));
         }
-        Ok(v1::Effect { bit: held.bit, figures })
+        Ok(v1::Effect { bit: held.bit, figures, ..v1::Effect::default() })
     }
 
     async fn revert(undo: &Undo) -> Result<()> {

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use squall_common::{
     decide::{Action, Mode},
-    histogram::{BUCKETS, quantile},
+    histogram::{BUCKETS, bound, quantile},
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, prefixes},
@@ -421,6 +421,17 @@ pub struct Figures {
     delays: Vec<(u64, u64)>,
 }
 
+/// Delays of about the same length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DelayBucket {
+    /// They are shorter than this, in nanoseconds.
+    pub up_to_ns: u64,
+    /// Packets.
+    pub count: u64,
+    /// Sum of their delays in nanoseconds.
+    pub sum_ns: u64,
+}
+
 impl Figures {
     /// Both together: packets and bytes add up, delays are one distribution.
     #[must_use]
@@ -444,6 +455,13 @@ impl Figures {
             mine.1 += theirs.1;
         }
         self
+    }
+
+    /// The delays that were added, as measured.
+    #[must_use]
+    pub fn delays(&self) -> Vec<DelayBucket> {
+        let all = self.delays.iter().enumerate().filter(|(_, (count, _))| *count > 0);
+        all.map(|(i, &(count, sum_ns))| DelayBucket { up_to_ns: bound(i), count, sum_ns }).collect()
     }
 
     /// A quantile of the delay that was added, as measured, in seconds; `None` where no packet was delayed.

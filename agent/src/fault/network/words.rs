@@ -264,7 +264,9 @@ pub(super) fn effect(all: &Figures, rtt: [Option<Duration>; 2]) -> v1::Effect {
         + all.refused
         + all.reset
         + all.answered;
-    v1::Effect { bit: hurt > 0, figures }
+    let delays = all.delays().into_iter();
+    let delays = delays.map(|b| v1::DelayBucket { up_to_ns: b.up_to_ns, count: b.count, sum_ns: b.sum_ns });
+    v1::Effect { bit: hurt > 0, figures, delays: delays.collect() }
 }
 
 pub(super) fn describe(support: &Support) -> v1::FaultSupport {
