@@ -294,7 +294,11 @@ impl Place<'_> {
             return self.answer(packet, mode);
         }
         let twice = decide::duplicated(action, &rule.memory, n);
-        let lost = decide::lost(action, &rule.memory, n);
+        let mut lost = decide::lost(action, &rule.memory, n);
+        if lost && action.ecn.load() != 0 && skb.mark_congestion() {
+            rule.marked.add(1);
+            lost = false;
+        }
         if twice {
             rule.duplicated.add(1);
         }
@@ -383,6 +387,10 @@ impl Place<'_> {
                 flow.last = due;
                 due
             });
+        }
+        due = decide::slot(action, memory, n, due, self.skb.wire_len(self.hook));
+        if due > now + FARTHEST {
+            return None;
         }
         if ahead {
             self.rule.reordered.add(1);

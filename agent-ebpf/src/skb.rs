@@ -9,7 +9,8 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS},
     helpers::{
         bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_skb_cgroup_id,
-        bpf_skb_change_head, bpf_skb_change_type, bpf_skb_load_bytes, bpf_skb_store_bytes,
+        bpf_skb_change_head, bpf_skb_change_type, bpf_skb_ecn_set_ce, bpf_skb_load_bytes,
+        bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
@@ -215,6 +216,13 @@ impl<'a> Skb<'a> {
         let flags = if ingress { u64::from(BPF_F_INGRESS) } else { 0 };
         // SAFETY: the context is valid.
         (unsafe { bpf_clone_redirect(self.ptr, ifindex, flags) }) == 0
+    }
+
+    /// Tells the receiver of congestion, where both ends of the connection understand that (ECN).
+    #[inline(always)]
+    pub(crate) fn mark_congestion(&self) -> bool {
+        // SAFETY: the context is valid.
+        (unsafe { bpf_skb_ecn_set_ce(self.ptr) }) == 1
     }
 
     /// Puts bytes in front of the packet.

@@ -158,7 +158,7 @@ impl v1::agent_server::Agent for Service {
             let injection = behaviour.injections.get_mut(&id).ok_or_else(|| Status::not_found(&id))?;
             injection.state = if fails { State::Failed } else { State::Active }.into();
             injection.reason = if fails { "no such device".into() } else { String::new() };
-            injection.effect = Some(v1::Effect { bit: !idle, figures: vec![] });
+            injection.effect = Some(v1::Effect { bit: !idle, ..v1::Effect::default() });
             injections.push(injection.clone());
         }
         Ok(Response::new(v1::FireResponse { injections }))

@@ -5,7 +5,7 @@
 
 mod side;
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use side::{
@@ -16,7 +16,9 @@ use squall_lab::{
     Probe, Seen, Stream, monotonic, round_trips,
     stats::{Chain, Runs, inside99, kolmogorov_smirnov, quantile, share_of_parts},
 };
-use squall_proto::v1::{Distribution, FourState, GilbertElliott, Loss, NetworkFault, Peer, Protocol, Rate};
+use squall_proto::v1::{
+    Distribution, FourState, GilbertElliott, Loss, NetworkFault, Peer, Protocol, Rate, Slots,
+};
 use squall_tests::Lab;
 
 /// How often two sides are measured at the most, where the machine's noise may be what differs. A fault that really is
@@ -221,7 +223,7 @@ fn draws(distribution: Distribution) -> Result<Vec<f64>> {
         _ => return Ok((0..4_000).map(|i| 80.0 + 40.0 * (f64::from(i) + 0.5) / 4_000.0).collect()),
     };
     let path = format!("/usr/lib/x86_64-linux-gnu/tc/{name}.dist");
-    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     let words = text.lines().filter(|line| !line.starts_with('#')).flat_map(str::split_whitespace);
     words.map(|word| Ok((100.0 + 20.0 * word.parse::<f64>()? / 8192.0).max(0.0))).collect()
 }
@@ -306,6 +308,59 @@ async fn a_rate_is_kept_and_a_burst_passes() -> Result<()> {
         burst.packets
     );
     assert_eq!(figure(ended.as_ref(), "dropped"), seen.losses(), "{ended:?}");
+    Ok(())
+}
+
+/// One packet a millisecond, in slots of 20 ms: they arrive in heaps, and wait from 20 ms down to nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_leave_in_slots() -> Result<()> {
+    let mut duel = Duel::new("slots").await?;
+    let slots = Slots { min_ns: 20 * MS, max_ns: 20 * MS, ..Slots::default() };
+    let ours = of_the_probe(NetworkFault { slots: Some(slots), ..leaving() });
+    let mut sides = vec![Side::ours(ours)];
+    if duel.netem {
+        sides.push(Side::Netem("slot 20ms 20ms limit 100000".into()));
+    }
+    for side in &sides {
+        let (seen, ended) = duel.probe(side, Probe { packets: 2_000, ..Probe::default() }).await?;
+        let times: Vec<u64> = seen.arrivals.iter().map(|arrival| arrival.at).collect();
+        let heaps = 1 + times.windows(2).filter(|w| w[1] - w[0] > 5 * MS).count();
+        let took = seen.sent[seen.sent.len() - 1] - seen.sent[0];
+        let (expected, median) = (took as f64 / (20 * MS) as f64, quantile(&seen.times(), 0.5));
+        println!("{side:?}: {heaps} heaps in {expected:.0} slots, median {median} ms");
+        ensure!(seen.losses() == 0, "{side:?}: {} lost", seen.losses());
+        ensure!((heaps as f64 / expected - 1.0).abs() < 0.15, "{side:?}: {heaps} heaps: {ended:?}");
+        ensure!((median - 10.0).abs() < 2.5, "{side:?}: median {median} ms: {ended:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn congestion_is_marked_where_that_is_understood() -> Result<()> {
+    let mut duel = Duel::new("ecn").await?;
+    for netns in [&duel.lab.near, &duel.lab.far] {
+        netns.inside(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_ecn", "1")?))?;
+    }
+    let fault = loss(Loss { ratio: 0.05, ecn: true, ..Loss::default() });
+    let tcp = |lab: &Lab| {
+        let before = lab.far.counters()?;
+        let stream = lab.near.stream(&lab.far, FAR, Duration::from_secs(2))?;
+        Ok((stream, lab.far.counters()?.grown(&before, "IpExt", "InCEPkts")?))
+    };
+    let ((stream, marks), ended) = duel.during(&Side::ours(fault.clone()), tcp).await?;
+    let figures = ["marked", "dropped"].map(|name| figure(ended.as_ref(), name));
+    println!(
+        "{figures:?} of {} bytes, {marks} marks arrived, {} sent again",
+        stream.bytes, stream.retransmits
+    );
+    let [marked, dropped] = figures;
+    // Handshakes and bare acknowledgements are not marked (RFC 3168), and the kernel counts segments.
+    ensure!(marked > 20 && marks >= marked && dropped < marked / 4, "{ended:?}, {marks} marks arrived");
+    ensure!(stream.retransmits <= dropped, "{} sent again: {ended:?}", stream.retransmits);
+    // The probe's packets are nobody's who understands.
+    let (seen, ended) = duel.probe(&seeded(fault), many(20_000)).await?;
+    ensure!(inside99(0.05, seen.losses(), 20_000), "{} lost: {ended:?}", seen.losses());
+    assert_eq!(figure(ended.as_ref(), "marked"), 0, "{ended:?}");
     Ok(())
 }
 

@@ -54,6 +54,16 @@ pub struct Action<T> {
     pub burst: T,
     /// Longest time for which bytes may queue for the rate, in nanoseconds.
     pub backlog: T,
+    /// Not 0: packets that would be lost are marked instead, where they can be (ECN).
+    pub ecn: T,
+    /// Least and longest time from one slot to the next in nanoseconds; the longest is 0 where there are no slots.
+    pub slot_min: T,
+    /// See [`Action::slot_min`].
+    pub slot_max: T,
+    /// Packets that leave in one slot at the most; 0: any number.
+    pub slot_packets: T,
+    /// Bytes after which a slot is over; 0: any number.
+    pub slot_bytes: T,
     /// Bytes of a flow after which it is cut.
     pub cut_after: T,
     /// Not 0: GSO packets are segmented before anything is decided.
@@ -88,6 +98,12 @@ pub struct Memory<T> {
     pub draw: T,
     /// `CLOCK_MONOTONIC` in nanoseconds at which the rate is free again.
     pub free_at: T,
+    /// `CLOCK_MONOTONIC` in nanoseconds of the last slot.
+    pub slot_at: T,
+    /// Packets in it.
+    pub slot_packets: T,
+    /// Bytes in it.
+    pub slot_bytes: T,
 }
 
 /// What a rule does with a packet at large. The values of [`Action::mode`].
@@ -132,6 +148,7 @@ enum Stream {
     Duplicate = 6,
     Corrupt = 8,
     Reorder = 10,
+    Slot = 12,
 }
 
 /// Number of a packet's second copy, which is decided on for itself: above any number of packets.
@@ -269,6 +286,31 @@ pub fn wait(action: &Action<Cell>, memory: &Memory<Cell>, now: u64, len: u64) ->
     Some(memory.free_at.load().saturating_sub(now).saturating_sub(action.burst.load()))
 }
 
+/// When packet number `n` leaves that could leave at `due` (`CLOCK_MONOTONIC`, nanoseconds): at the next slot with room for it,
+/// and where there is none ahead, with one that is drawn from then on.
+#[inline(always)]
+#[must_use]
+pub fn slot(action: &Action<Cell>, memory: &Memory<Cell>, n: u64, due: u64, len: u64) -> u64 {
+    let (least, most) = (action.slot_min.load(), action.slot_max.load());
+    if most == 0 {
+        return due;
+    }
+    let at = memory.slot_at.load();
+    let (packets, bytes) = (action.slot_packets.load(), action.slot_bytes.load());
+    let full = packets != 0 && memory.slot_packets.load() >= packets
+        || bytes != 0 && memory.slot_bytes.load() >= bytes;
+    if at < due || full {
+        let from = if at < due { due } else { at };
+        let draw = hash(action.seed.load(), n, Stream::Slot as u64) >> 32;
+        memory.slot_at.store(from + least + scale(most - least, draw));
+        memory.slot_packets.store(0);
+        memory.slot_bytes.store(0);
+    }
+    memory.slot_packets.add(1);
+    memory.slot_bytes.add(len);
+    memory.slot_at.load()
+}
+
 #[inline(always)]
 fn chance(chance: &Chance<Cell>, last: &Cell, seed: u64, n: u64, stream: Stream) -> bool {
     let ratio = chance.ratio.load();
@@ -349,6 +391,11 @@ mod user {
                 (&self.burst, value.burst),
                 (&self.backlog, value.backlog),
                 (&self.byte_time, value.byte_time),
+                (&self.ecn, value.ecn),
+                (&self.slot_packets, value.slot_packets),
+                (&self.slot_bytes, value.slot_bytes),
+                (&self.slot_min, value.slot_min),
+                (&self.slot_max, value.slot_max),
                 (&self.cut_after, value.cut_after),
                 (&self.per_segment, value.per_segment),
             ];
@@ -370,8 +417,10 @@ mod user {
     impl Memory<Cell> {
         /// Forgets everything.
         pub fn clear(&self) {
-            let Self { duplicated, corrupted, ahead, since, state, draw, free_at } = self;
-            for cell in [duplicated, corrupted, ahead, since, state, draw, free_at] {
+            let Self { duplicated, corrupted, ahead, since, state, draw, free_at, .. } = self;
+            let Self { slot_at, slot_packets, slot_bytes, .. } = self;
+            let models = [duplicated, corrupted, ahead, since, state, draw, free_at];
+            for cell in models.into_iter().chain([slot_at, slot_packets, slot_bytes]) {
                 cell.store(0);
             }
         }
@@ -600,6 +649,29 @@ mod tests {
         };
         assert!(lag(0).abs() < 0.02);
         assert!((lag(1 << 31) - 0.5).abs() < 0.02);
+    }
+
+    #[test]
+    fn slots_come_in_time_and_take_what_they_may() {
+        let action = Action { slot_min: 10 * MS, slot_max: 20 * MS, slot_packets: 3, ..Action::new(7) };
+        let (cells, m) = (cells(&action), memory());
+        // Ten at once leave by threes, then somebody much later.
+        let mut slots: Vec<u64> = (0..10).map(|n| slot(&cells, &m, n, MS, 100)).collect();
+        assert!(slots.chunks(3).all(|three| three.iter().all(|at| *at == three[0])), "{slots:?}");
+        slots.dedup();
+        slots.insert(0, MS);
+        assert!(slots.windows(2).all(|w| (10 * MS..=20 * MS).contains(&(w[1] - w[0]))), "{slots:?}");
+        let late = slot(&cells, &m, 10, 1000 * MS, 100);
+        assert!((1010 * MS..=1020 * MS).contains(&late), "{late}");
+        assert_eq!(slot(&cells, &m, 11, late, 100), late);
+        // A slot is over with the packet that fills it.
+        let action = Action { slot_packets: 0, slot_bytes: 250, ..action };
+        cells.store(&action);
+        m.clear();
+        let mut slots: Vec<u64> = (0..9).map(|n| slot(&cells, &m, n, MS, 100)).collect();
+        slots.dedup();
+        assert_eq!(slots.len(), 3, "{slots:?}");
+        assert_eq!(slot(&self::cells(&Action::new(7)), &m, 0, 5, 100), 5);
     }
 
     #[test]

@@ -293,6 +293,8 @@ pub struct Rule {
     pub bytes: Cell,
     /// Packets dropped.
     pub dropped: Cell,
+    /// Packets marked instead (ECN).
+    pub marked: Cell,
     /// Packets handed to what delays them.
     pub delayed: Cell,
     /// Packets sent twice.
@@ -352,12 +354,13 @@ impl Rule {
     /// All counters.
     #[cfg(any(test, feature = "user"))]
     #[must_use]
-    pub fn counters(&self) -> [&Cell; 13] {
+    pub fn counters(&self) -> [&Cell; 14] {
         [
             &self.matched,
             &self.segments,
             &self.bytes,
             &self.dropped,
+            &self.marked,
             &self.delayed,
             &self.duplicated,
             &self.corrupted,

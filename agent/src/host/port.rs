@@ -165,7 +165,7 @@ impl Spec {
     /// Whether packets have to be held back.
     #[must_use]
     pub fn holds(&self) -> bool {
-        self.action.latency + self.action.jitter + self.action.byte_time > 0
+        self.action.latency + self.action.jitter + self.action.byte_time + self.action.slot_max > 0
     }
 
     /// Whether packets have to be changed or answered.
@@ -191,7 +191,7 @@ impl Spec {
     pub fn longest(&self) -> Duration {
         // A table's entries reach four jitters.
         let delay = self.action.latency + 4 * self.action.jitter;
-        let held = Duration::from_nanos(delay + self.action.backlog);
+        let held = Duration::from_nanos(delay + self.action.backlog + self.action.slot_max);
         held + self.dns.as_ref().map_or(Duration::ZERO, |dns| dns.delay)
     }
 
@@ -350,6 +350,7 @@ impl Owned {
             segments: rule.segments.load(),
             bytes: rule.bytes.load(),
             dropped: rule.dropped.load(),
+            marked: rule.marked.load(),
             delayed: rule.delayed.load(),
             duplicated: rule.duplicated.load(),
             corrupted: rule.corrupted.load(),
@@ -400,6 +401,8 @@ pub struct Figures {
     pub bytes: u64,
     /// Dropped.
     pub dropped: u64,
+    /// Marked instead of dropped (ECN).
+    pub marked: u64,
     /// Held back.
     pub delayed: u64,
     /// Sent twice.
@@ -440,6 +443,7 @@ impl Figures {
         self.segments += other.segments;
         self.bytes += other.bytes;
         self.dropped += other.dropped;
+        self.marked += other.marked;
         self.delayed += other.delayed;
         self.duplicated += other.duplicated;
         self.corrupted += other.corrupted;

@@ -144,6 +144,9 @@ struct LossArgs {
         conflicts_with_all = ["loss", "loss_ge", "loss_state"]
     )]
     loss_every: Option<u64>,
+    /// Mark packets instead (ECN), where both ends understand that
+    #[arg(long)]
+    loss_ecn: bool,
 }
 
 /// What else happens to packets.
@@ -183,6 +186,15 @@ struct RateArgs {
     /// Bytes to add to the length of each packet; may be negative
     #[arg(long, value_name = "BYTES", requires = "rate", allow_negative_numbers = true)]
     overhead: Option<i32>,
+    /// Let packets leave together, as netem's slots: from one slot to the next so long, 20ms or 10ms,20ms
+    #[arg(long, value_name = "MIN[,MAX]", value_parser = parse(slot_times))]
+    slots: Option<(Duration, Option<Duration>)>,
+    /// Packets that leave in one slot at the most
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "slots")]
+    slot_packets: Option<u64>,
+    /// Bytes after which a slot is over
+    #[arg(long, value_name = "SIZE", value_parser = parse(units::some_bytes), requires = "slots")]
+    slot_bytes: Option<u64>,
 }
 
 /// Whether anything gets through.
@@ -268,6 +280,11 @@ fn shares<const N: usize>(text: &str) -> Result<[Option<f64>; N], Wrong> {
     Ok(std::array::from_fn(|i| given.get(i).copied()))
 }
 
+fn slot_times(text: &str) -> Result<(Duration, Option<Duration>), Wrong> {
+    let (min, max) = text.split_once(',').map_or((text, None), |(min, max)| (min, Some(max)));
+    Ok((units::duration(min)?, max.map(units::duration).transpose()?))
+}
+
 fn loss_ge(text: &str) -> Result<v1::GilbertElliott, Wrong> {
     let [p, r, bad, good] = shares(text)?;
     network::gilbert_elliott(p.unwrap_or_default(), r, bad, good)
@@ -295,7 +312,7 @@ impl InjectNetwork {
             flows: self.packets.flows,
             delay: self.delay.delay()?,
             duplicate: chance(damage.duplicate, damage.duplicate_correlation),
-            loss: self.loss.loss(),
+            loss: self.loss.loss()?,
             corrupt: damage.corrupt.map(|ratio| v1::Corrupt {
                 chance: chance(Some(ratio), damage.corrupt_correlation),
                 silent: damage.corrupt_silent,
@@ -305,6 +322,7 @@ impl InjectNetwork {
                 gap: reordered.gap.unwrap_or_default(),
             }),
             rate: self.rate.rate()?,
+            slots: self.rate.slots()?,
             partition: match (cutting.partition, cutting.refuse) {
                 (_, true) => Some(Partition::Refuse),
                 (true, false) => Some(Partition::Silent),
@@ -398,15 +416,20 @@ impl DelayArgs {
 }
 
 impl LossArgs {
-    fn loss(&self) -> Option<v1::Loss> {
+    fn loss(&self) -> Result<Option<v1::Loss>, Wrong> {
         let loss = v1::Loss {
             ratio: self.loss.unwrap_or_default(),
             correlation: self.loss_correlation.unwrap_or_default(),
             gilbert_elliott: self.loss_ge,
             four_state: self.loss_state,
             every: self.loss_every.unwrap_or_default(),
+            ecn: false,
         };
-        (loss != v1::Loss::default()).then_some(loss)
+        let some = loss != v1::Loss::default();
+        if self.loss_ecn && !some {
+            return Err(("--loss-ecn: no packet is lost".into(), "add --loss or another model".into()));
+        }
+        Ok(some.then_some(v1::Loss { ecn: self.loss_ecn, ..loss }))
     }
 }
 
@@ -415,6 +438,12 @@ impl RateArgs {
         let Some(bits) = self.rate else { return Ok(None) };
         let made = network::rate(bits, self.burst, self.limit, self.overhead);
         made.map(Some).map_err(|(message, fix)| (format!("--rate: {message}"), fix))
+    }
+
+    fn slots(&self) -> Result<Option<v1::Slots>, Wrong> {
+        let Some((min, max)) = self.slots else { return Ok(None) };
+        let made = network::slots(min, max, self.slot_packets, self.slot_bytes);
+        made.map(Some).map_err(|(message, fix)| (format!("--slots: {message}"), fix))
     }
 }
 
@@ -454,7 +483,7 @@ mod tests {
     }
 
     /// Each fault as flags and as a plan has it.
-    const SAME: [(&str, &str); 40] = [
+    const SAME: [(&str, &str); 43] = [
         ("--delay 2s", "delay: { latency: 2s }"),
         ("--delay 2s --jitter 300ms", "delay: { latency: 2s, jitter: 300ms }"),
         (
@@ -482,6 +511,12 @@ mod tests {
             "loss: { state: { p13: 1%, p31: 10%, p32: 30%, p23: 50%, p14: 0.5% } }",
         ),
         ("--loss-every 10", "loss: { every: 10 }"),
+        ("--loss 5% --loss-ecn", "loss: { ratio: 5%, ecn: true }"),
+        ("--slots 20ms", "slots: { min: 20ms }"),
+        (
+            "--slots 10ms,20ms --slot-packets 32 --slot-bytes 64KiB",
+            "slots: { min: 10ms, max: 20ms, packets: 32, bytes: 64KiB }",
+        ),
         ("--duplicate 1%", "duplicate: 1%"),
         ("--duplicate 1% --duplicate-correlation 50%", "duplicate: { ratio: 1%, correlation: 50% }"),
         ("--corrupt 0.1%", "corrupt: 0.1%"),
@@ -589,6 +624,10 @@ mod tests {
             "--loss-ge 0%",
             "--loss-state 60%,0%,0%,0%,60%",
             "--loss-every 0",
+            "--loss-ecn",
+            "--slots 0s",
+            "--slots 20ms,10ms",
+            "--slot-packets 3",
             "--corrupt-silent",
             "--rate 10",
             "--rate 10bit",

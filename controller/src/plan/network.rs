@@ -34,6 +34,7 @@ pub(crate) struct Network {
     pub(crate) corrupt: Option<v1::Corrupt>,
     pub(crate) reorder: Option<v1::Reorder>,
     pub(crate) rate: Option<v1::Rate>,
+    pub(crate) slots: Option<v1::Slots>,
     pub(crate) partition: Option<Partition>,
     pub(crate) reset: bool,
     /// Bytes.
@@ -215,6 +216,28 @@ pub(crate) fn four_state(p13: f64, rest: [Option<f64>; 4]) -> Result<v1::FourSta
     Ok(model)
 }
 
+/// Slots in which packets leave together: from one to the next, and how much leaves in one.
+pub(crate) fn slots(
+    min: Duration,
+    max: Option<Duration>,
+    packets: Option<u64>,
+    bytes: Option<u64>,
+) -> Result<v1::Slots, Wrong> {
+    let max = max.unwrap_or(min);
+    if max.is_zero() || max > LONGEST_DELAY {
+        return Err((format!("slots {max:?} apart"), "give more than 0, and at most 60s".into()));
+    }
+    if min > max {
+        return Err((format!("at least {min:?} is more than at most {max:?}"), "exchange them".into()));
+    }
+    Ok(v1::Slots {
+        min_ns: min.as_nanos() as u64,
+        max_ns: max.as_nanos() as u64,
+        packets: packets.unwrap_or_default(),
+        bytes: bytes.unwrap_or_default(),
+    })
+}
+
 /// A rate with its burst and its queue, bytes, and what is added to each packet, bytes.
 pub(crate) fn rate(
     bits_per_second: u64,
@@ -309,6 +332,7 @@ impl Network {
             ("corrupt", self.corrupt.is_some()),
             ("reorder", self.reorder.is_some()),
             ("rate", self.rate.is_some()),
+            ("slots", self.slots.is_some()),
             ("partition", self.partition.is_some()),
             ("reset", self.reset),
             ("cut", self.cut.is_some()),
@@ -325,7 +349,7 @@ impl Network {
         };
         let effects = self.effects();
         if effects.is_empty() {
-            let fix = "add delay, loss, duplicate, corrupt, rate, partition, reset, cut or dns";
+            let fix = "add delay, loss, duplicate, corrupt, rate, slots, partition, reset, cut or dns";
             clash("", "this does nothing", fix);
         }
         let alone = [
@@ -440,6 +464,7 @@ impl Network {
             corrupt: self.corrupt,
             reorder: self.reorder,
             rate: self.rate,
+            slots: self.slots,
             refusal: match self.partition {
                 None => v1::Refusal::Unspecified,
                 Some(Partition::Silent) => v1::Refusal::Silent,
@@ -482,6 +507,7 @@ impl Network {
             format!("reorder {}{gap}", chance_words(&reorder.chance.unwrap_or_default()))
         }));
         does.extend(self.rate.as_ref().map(rate_words));
+        does.extend(self.slots.as_ref().map(slots_words));
         does.extend(self.partition.map(|partition| match partition {
             Partition::Silent => "partition".to_owned(),
             Partition::Refuse => "refuse".to_owned(),
@@ -549,6 +575,11 @@ fn delay_words(delay: &v1::Delay) -> String {
 }
 
 fn loss_words(loss: &v1::Loss) -> String {
+    let ecn = if loss.ecn { " ecn" } else { "" };
+    model_words(loss) + ecn
+}
+
+fn model_words(loss: &v1::Loss) -> String {
     if let Some(v1::GilbertElliott { p, r, loss_bad, loss_good }) = loss.gilbert_elliott {
         let mut text = format!("loss gilbertElliott p {} r {}", percent(p), percent(r));
         if loss_bad < 1.0 {
@@ -575,6 +606,19 @@ fn bits_shown(bits: u64) -> String {
     let units = [(1_000_000_000, "gbit"), (1_000_000, "mbit"), (1000, "kbit")];
     let exact = units.iter().find(|(unit, _)| bits.is_multiple_of(*unit));
     exact.map_or_else(|| format!("{bits}bit"), |(unit, name)| format!("{}{name}", bits / unit))
+}
+
+fn slots_words(slots: &v1::Slots) -> String {
+    let [min, max] = [slots.min_ns, slots.max_ns].map(Duration::from_nanos);
+    let mut text =
+        if min == max { format!("slots every {max:?}") } else { format!("slots every {min:?} to {max:?}") };
+    if slots.packets > 0 {
+        let _ = write!(text, " packets {}", slots.packets);
+    }
+    if slots.bytes > 0 {
+        let _ = write!(text, " bytes {}", bytes_shown(slots.bytes));
+    }
+    text
 }
 
 fn rate_words(rate: &v1::Rate) -> String {

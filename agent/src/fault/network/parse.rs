@@ -70,6 +70,7 @@ impl Network {
         }
         reorder(&asked, &mut action)?;
         rate(&asked, &mut action)?;
+        slots(&asked, &mut action)?;
         if asked.partition {
             action.loss = threshold(1.0);
             action.loss_model = LossModel::Ratio as u64;
@@ -108,10 +109,12 @@ impl Network {
             && action.loss_model == LossModel::None as u64
             && action.latency == 0
             && action.byte_time == 0
+            && action.slot_max == 0
             && action.duplicate.ratio == 0
             && action.corrupt.ratio == 0;
         if nothing {
-            let fix = "ask for delay, loss, duplicate, corrupt, rate, partition, refusal, reset, cut or dns";
+            let fix =
+                "ask for delay, loss, duplicate, corrupt, rate, slots, partition, refusal, reset, cut or dns";
             return Err(Invalid::new("network", "nothing", "it would do nothing", fix));
         }
         Ok(Self {
@@ -135,6 +138,7 @@ fn alone(asked: &v1::NetworkFault) -> Result<(), Invalid> {
         ("corrupt", asked.corrupt.is_some()),
         ("reorder", asked.reorder.is_some()),
         ("rate", asked.rate.is_some()),
+        ("slots", asked.slots.is_some()),
     ];
     let hurts: Vec<&str> = hurts.into_iter().filter(|(_, is)| *is).map(|(name, _)| name).collect();
     let kinds = [
@@ -218,8 +222,26 @@ fn delay(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(Option<Q
     Ok((quantiles, table))
 }
 
+fn slots(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(), Invalid> {
+    let Some(slots) = &asked.slots else { return Ok(()) };
+    let [min, max] = [slots.min_ns, slots.max_ns].map(Duration::from_nanos);
+    if max.is_zero() || max > LONGEST_DELAY {
+        let fix = format!("more than 0, and at most {LONGEST_DELAY:?}");
+        let problem = "not a time from one slot to the next";
+        return Err(Invalid::new("network.slots.max", format!("{max:?}"), problem, fix));
+    }
+    if min > max {
+        let fix = format!("at most the longest, {max:?}");
+        return Err(Invalid::new("network.slots.min", format!("{min:?}"), "more than the longest", fix));
+    }
+    (action.slot_min, action.slot_max) = (slots.min_ns, slots.max_ns);
+    (action.slot_packets, action.slot_bytes) = (slots.packets, slots.bytes);
+    Ok(())
+}
+
 fn loss(asked: &v1::NetworkFault, action: Action<u64>) -> Result<Action<u64>, Invalid> {
     let Some(loss) = &asked.loss else { return Ok(action) };
+    let action = Action { ecn: u64::from(loss.ecn), ..action };
     let given = [
         ("ratio", loss.ratio != 0.0),
         ("gilbert_elliott", loss.gilbert_elliott.is_some()),

@@ -41,6 +41,7 @@ impl Network {
             what.push(format!("reorder {}{gap}", chance(&reorder.chance.unwrap_or_default())));
         }
         what.extend(asked.delay.as_ref().map(delay));
+        what.extend(asked.slots.as_ref().map(slots));
         if let Some(rate) = &asked.rate {
             let mut words = format!("rate {}bit/s", metric(rate.bits_per_second));
             for (name, bytes) in [("burst", rate.burst_bytes), ("limit", rate.limit_bytes)] {
@@ -115,7 +116,24 @@ fn delay(delay: &v1::Delay) -> String {
     words
 }
 
+fn slots(slots: &v1::Slots) -> String {
+    let [min, max] = [slots.min_ns, slots.max_ns].map(Duration::from_nanos);
+    let mut words = format!("slots every {min:?} to {max:?}");
+    if slots.packets > 0 {
+        let _ = write!(words, " of {} packets", slots.packets);
+    }
+    if slots.bytes > 0 {
+        let _ = write!(words, " of {} bytes", slots.bytes);
+    }
+    words
+}
+
 fn loss(loss: &v1::Loss) -> String {
+    let ecn = if loss.ecn { ", or marks (ECN)" } else { "" };
+    model(loss) + ecn
+}
+
+fn model(loss: &v1::Loss) -> String {
     if let Some(m) = &loss.gilbert_elliott {
         let [p, r, bad, good] = [m.p, m.r, m.loss_bad, m.loss_good].map(percent);
         return format!("loss Gilbert-Elliott p {p} r {r} bad {bad} good {good}");
@@ -238,6 +256,7 @@ pub(super) fn effect(all: &Figures, rtt: [Option<Duration>; 2]) -> v1::Effect {
         figure("segments", all.segments as f64, "packets"),
     ];
     let rare = [
+        ("marked", all.marked),
         ("duplicated", all.duplicated),
         ("corrupted", all.corrupted),
         ("reordered", all.reordered),
@@ -257,6 +276,7 @@ pub(super) fn effect(all: &Figures, rtt: [Option<Duration>; 2]) -> v1::Effect {
     }
     figures.extend(all.first_match.map(|after| figure("first_match", after.as_secs_f64(), "seconds")));
     let hurt = all.dropped
+        + all.marked
         + all.delayed
         + all.duplicated
         + all.corrupted
@@ -290,7 +310,7 @@ pub(super) fn describe(support: &Support) -> v1::FaultSupport {
     };
     let mut features: Vec<v1::Feature> =
         ["loss", "duplicate", "partition"].map(|name| feature(name, hook.clone(), None)).into();
-    for name in ["delay", "reorder", "rate"] {
+    for name in ["delay", "reorder", "rate", "slots"] {
         features.push(feature(name, held.0.clone(), held.1.clone()));
     }
     for name in ["corrupt", "refusal", "reset", "cut", "dns", "per_segment"] {

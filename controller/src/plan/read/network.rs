@@ -12,7 +12,7 @@ use super::{
         tree::{At, Fields, Value, did_you_mean},
         units::{self, Wrong},
     },
-    Names, choice, items, maybe, share, unit, unknown,
+    Names, choice, duration, items, maybe, share, unit, unknown,
 };
 
 /// A network fault on the target called `on`.
@@ -34,6 +34,7 @@ pub(super) fn network(mut fields: Fields<'_>, names: &Names, on: &str) -> Option
         Some(v1::Reorder { chance: Some(chance), gap: gap.unwrap_or_default() })
     });
     let rate = maybe(&mut fields, "rate", rate);
+    let slots = maybe(&mut fields, "slots", slots);
     let partition = maybe(&mut fields, "partition", partition);
     let reset = maybe(&mut fields, "reset", At::bool);
     let cut = maybe(&mut fields, "cut", cut);
@@ -58,6 +59,7 @@ pub(super) fn network(mut fields: Fields<'_>, names: &Names, on: &str) -> Option
         corrupt: corrupt?,
         reorder: reorder?,
         rate: rate?,
+        slots: slots?,
         partition: partition?.flatten(),
         reset: reset?.unwrap_or_default(),
         cut: cut?,
@@ -181,6 +183,7 @@ fn loss(at: &At<'_>) -> Option<v1::Loss> {
     let gilbert_elliott = maybe(&mut fields, "gilbertElliott", gilbert_elliott);
     let four_state = maybe(&mut fields, "state", four_state);
     let every = maybe(&mut fields, "every", |at| at_least_1(at, "10"));
+    let ecn = maybe(&mut fields, "ecn", At::bool);
     let models = ["ratio", "gilbertElliott", "state", "every"];
     let given: Vec<&str> = models.into_iter().filter(|model| fields.has(model)).collect();
     let correlated = fields.has("correlation");
@@ -202,6 +205,7 @@ fn loss(at: &At<'_>) -> Option<v1::Loss> {
         gilbert_elliott: gilbert_elliott?,
         four_state: four_state?,
         every: every?.unwrap_or_default(),
+        ecn: ecn?.unwrap_or_default(),
     })
 }
 
@@ -234,6 +238,16 @@ fn rate(at: &At<'_>) -> Option<v1::Rate> {
     let overhead = maybe(&mut fields, "overhead", |at| at.int("a number of bytes, such as 14"));
     fields.finish();
     made(at, network::rate(rate?, burst?, limit?, overhead?))
+}
+
+fn slots(at: &At<'_>) -> Option<v1::Slots> {
+    let mut fields = at.fields("{ min: 10ms, max: 20ms, packets: 32, bytes: 64KiB }")?;
+    let min = fields.require("min", "10ms").and_then(|at| duration(&at));
+    let max = maybe(&mut fields, "max", duration);
+    let packets = maybe(&mut fields, "packets", |at| at_least_1(at, "32"));
+    let bytes = maybe(&mut fields, "bytes", bytes);
+    fields.finish();
+    made(at, network::slots(min?, max?, packets?, bytes?))
 }
 
 /// Inner none for `partition: false`.

@@ -129,6 +129,13 @@ fn to(peer: v1::Peer) -> v1::NetworkFault {
 #[case::gap("delay: { latency: 10ms }, reorder: { ratio: 25%, correlation: 50%, gap: 5 }",
     v1::NetworkFault { reorder: Some(v1::Reorder { chance: Some(chance(0.25, 0.5)), gap: 5 }), ..delayed(delay(10, 0)) },
     "delay 10ms, reorder 25% 50% correlated gap 5")]
+#[case::marks("loss: { ratio: 5%, ecn: true }", lost(v1::Loss { ratio: 0.05, ecn: true, ..Default::default() }), "loss 5% ecn")]
+#[case::slots("slots: { min: 10ms, max: 20ms, packets: 32, bytes: 64KiB }",
+    v1::NetworkFault {
+        slots: Some(v1::Slots { min_ns: 10_000_000, max_ns: 20_000_000, packets: 32, bytes: 65_536 }),
+        ..nothing()
+    },
+    "slots every 10ms to 20ms packets 32 bytes 64KiB")]
 #[case::rate("rate: 1mbit", v1::NetworkFault { rate: Some(v1::Rate { bits_per_second: 1_000_000, ..Default::default() }), ..nothing() }, "rate 1mbit")]
 #[case::whole_rate("rate: { rate: 1500kbps, burst: 32KiB, limit: 1MiB, overhead: -14 }",
     v1::NetworkFault {
@@ -216,7 +223,7 @@ fn false_is_as_if_it_were_not_there() {
     assert_eq!(fault(text).0, loss_1());
 }
 
-const REFUSED: [&str; 97] = [
+const REFUSED: [&str; 104] = [
     "direction: both",
     "partition: true, loss: 5%, delay: { latency: 2s }",
     "partition: refuse, rate: 1mbit",
@@ -290,6 +297,13 @@ const REFUSED: [&str; 97] = [
     "rate: { rate: 10mbit, limit: 76MB }",
     "rate: { rate: 10mbit, overhead: -1501 }",
     "rate: { rate: 10mbit, overhead: 14B }",
+    "slots: 20ms",
+    "slots: { min: 0s }",
+    "slots: { min: 20ms, max: 10ms }",
+    "slots: { min: 20ms, max: 61s }",
+    "slots: { max: 20ms }",
+    "slots: { min: 20ms, packets: 0 }",
+    "loss: { ecn: true }",
     "loss: 1%, flows: 0%",
     "loss: 1%, perSegment: 1",
     "loss: 1%, persegment: true",
