@@ -321,7 +321,8 @@ impl Engine {
     }
 }
 
-fn is_live(injection: &v1::Injection) -> bool {
+/// Whether it hurts, may come to hurt, or could not be taken back yet.
+pub fn is_live(injection: &v1::Injection) -> bool {
     matches!(injection.state(), State::Armed | State::Active | State::Stuck)
 }
 
