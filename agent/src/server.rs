@@ -17,7 +17,7 @@ use crate::{
     access::{
         audit::{Audit, Entry},
         listen::Caller,
-        policy::{Grant, Role, Wish},
+        policy::{Grant, Role},
         quota::Slot,
     },
     engine::{self, Engine, EngineError, Order},
@@ -102,6 +102,7 @@ impl Server {
         let duration = Duration::from_nanos(request.duration_ns);
         kind.clone_into(&mut entry.kind);
         entry.summary = format!("{} for {duration:?}", first.summary());
+        grant.check_fault(kind, duration).map_err(forbidden)?;
         if let Some(support) = self.faults.iter().find(|f| f.kind == kind && !f.available) {
             return Err(Status::failed_precondition(format!(
                 "{kind} faults do not work on this node: {}",
@@ -114,8 +115,7 @@ impl Server {
             .map_err(|e| Status::not_found(e.to_string()))?;
         let _counted = if grant.is_counted() { Some(self.counting.lock().await) } else { None };
         let live = self.live_of(grant, &request.id);
-        let wish = Wish { kind, scope, targets: &targets, duration, live };
-        grant.check(&wish).map_err(|e| Status::permission_denied(fitting(e.to_string())))?;
+        grant.check_targets(scope, &targets, live).map_err(forbidden)?;
         if !request.dry_run {
             self.allow(entry).await?;
         }
@@ -276,6 +276,7 @@ impl Agent for Server {
             let fault = AnyFault::parse(fault).map_err(|e| refused(e.into()))?;
             fault.kind().name.clone_into(&mut entry.kind);
             entry.summary = fault.summary();
+            grant.check_fault(&entry.kind, Duration::ZERO).map_err(forbidden)?;
             self.check_owner(&grant, std::slice::from_ref(&id))?;
             self.allow(entry).await?;
             self.engine.update(&id, fault).await.map_err(refused)
@@ -418,6 +419,10 @@ fn fitting(text: String) -> String {
     let (head, tail): (String, String) =
         (text.chars().take(half).collect(), text.chars().skip(length - half).collect());
     format!("{head} […] {tail}")
+}
+
+fn forbidden(error: Invalid) -> Status {
+    Status::permission_denied(fitting(error.to_string()))
 }
 
 fn refused(error: EngineError) -> Status {

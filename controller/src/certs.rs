@@ -34,7 +34,7 @@ pub(crate) struct Certs {
     dir: PathBuf,
     /// Another name or address by which agents are reached. Repeatable; one certificate has them all
     #[arg(long = "agent", value_name = "HOST", value_delimiter = ',')]
-    agents: Vec<String>,
+    hosts: Vec<String>,
     /// A client and his role, as `NAME:ROLE`. Repeatable
     #[arg(long = "client", value_name = "NAME:ROLE", value_delimiter = ',', default_value = "admin:admin")]
     clients: Vec<Client>,
@@ -114,9 +114,8 @@ impl Certs {
 
         let mut agent = params(AGENT, self.days);
         agent.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let names = [AGENT, "localhost", "127.0.0.1", "::1"]
-            .into_iter()
-            .chain(self.agents.iter().map(String::as_str));
+        let names =
+            [AGENT, "localhost", "127.0.0.1", "::1"].into_iter().chain(self.hosts.iter().map(String::as_str));
         let sans = names.map(san).collect::<Result<Vec<_>>>()?;
         agent.subject_alt_names = sans;
         issue(dir, "agent", &agent, &ca)?;
@@ -137,10 +136,10 @@ impl Certs {
     fn next_steps(&self, policy: &Path) -> String {
         let shown = self.dir.display();
         let client = self.clients.first().map_or("NAME", |client| client.name.as_str());
-        let host = self.agents.first().map_or("HOST", String::as_str);
+        let host = self.hosts.first().map_or("HOST", String::as_str);
         let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
         let server_name =
-            if self.agents.is_empty() { format!(" --tls-server-name {AGENT}") } else { String::new() };
+            if self.hosts.is_empty() { format!(" --tls-server-name {AGENT}") } else { String::new() };
         format!(
             "{shown}: valid for {} days; run this again with --force before they end\n\
              \n\
@@ -259,7 +258,7 @@ mod tests {
     fn certs(dir: &Path, force: bool) -> Certs {
         Certs {
             dir: dir.to_owned(),
-            agents: vec!["node-1".into(), "10.0.0.7".into(), "fd00::7".into()],
+            hosts: vec!["node-1".into(), "10.0.0.7".into(), "fd00::7".into()],
             clients: vec!["ci:inject".parse().unwrap(), "eve:observe".parse().unwrap()],
             days: 30,
             force,

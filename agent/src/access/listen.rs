@@ -59,7 +59,7 @@ impl Gate {
             handshakes: Quota::new(128, 16),
             connections: Quota::new(256, 64),
             calls: Quota::new(64, 16),
-            streams: Quota::new(256, 64),
+            streams: Quota::new(128, 32),
         })
     }
 }

@@ -236,20 +236,6 @@ pub struct Grant {
     rule: Option<Box<Rule>>,
 }
 
-/// An injection that somebody asks for.
-pub struct Wish<'a> {
-    /// Kind of the fault.
-    pub kind: &'a str,
-    /// What of the targets it takes hold of.
-    pub scope: Scope,
-    /// Where.
-    pub targets: &'a [Target],
-    /// From Fire to the deadline.
-    pub duration: Duration,
-    /// Injections that this caller has live already.
-    pub live: usize,
-}
-
 impl Policy {
     /// Reads a policy. Errors have the line and the column.
     pub fn parse(text: &str) -> Result<Self> {
@@ -303,35 +289,35 @@ impl Policy {
 }
 
 impl Grant {
-    /// Refuses what is beyond the limits of the caller's rule.
-    pub fn check(&self, wish: &Wish<'_>) -> Result<(), Invalid> {
-        let Some(rule) = self.rule.as_ref().filter(|_| self.role != Role::Admin) else { return Ok(()) };
-        let beyond = |field: &str, value: String, problem: String| {
-            Err(Invalid::new(field, value, problem, "ask for less, or have the agent's policy changed"))
-        };
-        if !rule.faults.is_empty() && !rule.faults.iter().any(|kind| kind == wish.kind) {
+    /// The limits of his rule, where it has any.
+    fn limits(&self) -> Option<&Rule> {
+        self.rule.as_deref().filter(|_| self.role != Role::Admin)
+    }
+
+    /// Refuses a kind of fault, or a time for it, that is beyond the limits of the caller's rule.
+    pub fn check_fault(&self, kind: &str, duration: Duration) -> Result<(), Invalid> {
+        let Some(rule) = self.limits() else { return Ok(()) };
+        if !rule.faults.is_empty() && !rule.faults.iter().any(|allowed| allowed == kind) {
             let kinds = rule.faults.join(", ");
-            return beyond("fault", wish.kind.to_owned(), format!("{} may inject {kinds}", self.who));
+            return beyond("fault", kind, format!("{} may inject {kinds}", self.who));
         }
-        if let Some(Length(longest)) = rule.longest.filter(|longest| wish.duration > longest.0) {
-            let value = format!("{:?}", wish.duration);
+        if let Some(Length(longest)) = rule.longest.filter(|longest| duration > longest.0) {
+            let value = format!("{duration:?}");
             return beyond("duration_ns", value, format!("{} may inject for {longest:?}", self.who));
         }
-        let outside = |target: &&Target| !rule.targets.iter().any(|place| place.holds(target, wish.scope));
-        if let Some(target) = wish.targets.iter().find(outside).filter(|_| !rule.targets.is_empty()) {
-            return beyond(
-                "target",
-                target.to_string(),
-                format!("none of the targets that {} may hurt", self.who),
-            );
+        Ok(())
+    }
+
+    /// Refuses targets beyond the limits of the caller's rule, and more of them than he may have, who has so many live ones.
+    pub fn check_targets(&self, scope: Scope, targets: &[Target], live: usize) -> Result<(), Invalid> {
+        let Some(rule) = self.limits() else { return Ok(()) };
+        let outside = |target: &&Target| !rule.targets.iter().any(|place| place.holds(target, scope));
+        if let Some(target) = targets.iter().find(outside).filter(|_| !rule.targets.is_empty()) {
+            return beyond("target", target, format!("none of the targets that {} may hurt", self.who));
         }
-        let sum = wish.live + wish.targets.len();
-        if let Some(most) = rule.most_injections.filter(|most| sum > *most) {
-            return beyond(
-                "target",
-                wish.targets.len().to_string(),
-                format!("{} has {} injections and may have {most}", self.who, wish.live),
-            );
+        if let Some(most) = rule.most_injections.filter(|most| live + targets.len() > *most) {
+            let problem = format!("{} has {live} injections and may have {most}", self.who);
+            return beyond("target", format!("{} more", targets.len()), problem);
         }
         Ok(())
     }
@@ -341,6 +327,10 @@ impl Grant {
     pub fn is_counted(&self) -> bool {
         self.rule.as_ref().is_some_and(|rule| rule.most_injections.is_some())
     }
+}
+
+fn beyond(field: &str, value: impl ToString, problem: String) -> Result<(), Invalid> {
+    Err(Invalid::new(field, value, problem, "ask for less, or have the agent's policy changed"))
 }
 
 /// Reads a policy file's content.
@@ -428,9 +418,8 @@ rules:
     fn limits_are_kept() {
         let grant = grant(&["spiffe://squall/ci/test"]).unwrap();
         let check = |kind: &str, scope, target: Target, seconds, live| {
-            let targets = [target];
-            let wish = Wish { kind, scope, targets: &targets, duration: Duration::from_secs(seconds), live };
-            grant.check(&wish).map_err(|e| e.field)
+            let checked = grant.check_fault(kind, Duration::from_secs(seconds));
+            checked.and_then(|()| grant.check_targets(scope, &[target], live)).map_err(|e| e.field)
         };
         let shop = || target("/sys/fs/cgroup/shop/a", false, None);
         assert_eq!(check("network", Scope::Network, shop(), 300, 1), Ok(()));
