@@ -97,7 +97,7 @@ fn network(id: &str, fault: NetworkFault) -> ArmRequest {
         target: Some(interface("near0", "")),
         fault: Some(Fault { kind: Some(fault::Kind::Network(fault)) }),
         duration_ns: 120 * SECOND,
-        lease_ns: 60 * SECOND,
+        lease_ns: 120 * SECOND,
         dry_run: false,
     }
 }
@@ -247,6 +247,8 @@ async fn nobody_does_more_than_his_role_allows() -> Result<()> {
     for (what, request) in wrong {
         println!("{what}: {}", refused(what, inject(&mut ci, request).await, denied)?);
     }
+    let elsewhere = NetworkFault { interface: "lo".to_owned(), ..harmless() };
+    refused("another interface", inject(&mut ci, network("x", elsewhere)).await, Code::InvalidArgument)?;
     node.is_untouched()?;
     inject(&mut ci, network("one", harmless())).await?;
     inject(&mut ci, network("two", harmless())).await?;
@@ -353,7 +355,7 @@ async fn no_text_does_more_than_it_says() -> Result<()> {
             with(&|r| r.target = process(selector("", &format!("squall-none{text}")))),
             with(&|r| {
                 r.target =
-                    Some(Target { kind: Some(target::Kind::Cgroup(CgroupSelector { path: text.into() })) })
+                    Some(Target { kind: Some(target::Kind::Cgroup(CgroupSelector { path: text.into() })) });
             }),
             with(&|r| {
                 let selector = InterfaceSelector { name: text.into(), netns: String::new() };
@@ -405,7 +407,8 @@ async fn no_text_does_more_than_it_says() -> Result<()> {
     }
     println!("{tried} requests with texts of {} kinds were refused", TEXTS.len());
     let mut after = files()?;
-    (before.sort(), after.sort());
+    before.sort();
+    after.sort();
     ensure!(before == after, "{before:?} became {after:?}");
     ensure!(!Path::new("/tmp/squall-hostile").exists(), "a shell ran it");
     let forged = node.agent.log().lines().any(|line| line.starts_with("2026-01-01"));
@@ -471,7 +474,7 @@ async fn ten_thousand_connections_do_not_hold_up_a_revert() -> Result<()> {
         let batch: Vec<TcpStream> = node.lab.far.inside(|| {
             let connect = |n: usize| -> Result<TcpStream> {
                 let mut stream = TcpStream::connect_timeout(&flooder.to, Duration::from_secs(60))?;
-                if n % 2 == 0 {
+                if n.is_multiple_of(2) {
                     // The first bytes of a ClientHello of 512 bytes. It may be closed already.
                     let _full = stream.write_all(&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3]);
                 }

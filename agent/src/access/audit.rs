@@ -337,7 +337,7 @@ mod tests {
         let lines: Vec<_> = old.lines().chain(new.lines()).collect();
         let check = |lines: &[&str]| {
             let file = dir.path().join("copy");
-            fs::write(&file, lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+            fs::write(&file, lines.iter().fold(String::new(), |text, line| text + line + "\n")).unwrap();
             verify(&[file])
         };
         check(&lines).unwrap();

@@ -23,8 +23,9 @@ use x509_parser::{
 /// Refuses a key that others on this host can read.
 pub fn check_key(path: &Path) -> Result<()> {
     let mode = fs::metadata(path).with_context(|| format!("read {}", path.display()))?.permissions().mode();
+    let others = mode & 0o077;
     ensure!(
-        mode & 0o077 == 0,
+        others == 0,
         "--tls-key: {}: mode {:o} lets others at the key; chmod 600 {0}",
         path.display(),
         mode & 0o777

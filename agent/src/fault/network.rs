@@ -241,6 +241,17 @@ impl Fault for Network {
                 fix,
             ));
         }
+        if let (Some(asked), Some(named)) = (&self.interface, &target.interface)
+            && asked != named
+        {
+            let problem = format!("the target is the interface {named}");
+            return Err(Invalid::new(
+                "network.interface",
+                asked,
+                problem,
+                "leave it out, or choose another target",
+            ));
+        }
         let everything = |peer: &Peer| {
             let Peer { clause, hosts } = peer;
             (clause.cidrs.iter().any(Cidr::is_everything) || clause.cidrs.is_empty() && hosts.is_empty())
