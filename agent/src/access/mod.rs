@@ -1,6 +1,6 @@
 //! Who gets in, and what he may do there.
 //!
-//! A connection has a caller, by his certificate or his uid ([`listen`]); every call of it goes through one door
+//! A connection has a caller, by his certificate or his uid ([`mod@listen`]); every call of it goes through one door
 //! ([`layer`]), which asks the policy for his role; what he injects is held against the limits of his rule
 //! ([`policy`]); and what he did, or was not let do, is written down ([`audit`]).
 
