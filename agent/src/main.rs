@@ -34,6 +34,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
     task::JoinSet,
+    time::timeout,
 };
 use tonic::transport::Server;
 use tracing::{error, info};
@@ -59,6 +60,9 @@ const LARGEST_HEADERS: u32 = 16 << 10;
 const MOST_STREAMS: u32 = 128;
 /// Longest time for a call to be understood and answered, streams apart.
 const LONGEST_CALL: Duration = Duration::from_mins(1);
+
+/// How long the end of the agent waits for the audit log.
+const LAST_LINE: Duration = Duration::from_secs(5);
 
 /// The node daemon that injects faults and always takes them back.
 #[derive(Debug, Parser)]
@@ -184,11 +188,12 @@ async fn run(args: Run) -> Result<()> {
         metrics::serve(address, engine.clone()).await?;
     }
     let access = Access::new(&args.access, &args.state_dir)?;
+    let audit = access.audit.clone();
     let reason = format!("squall-agent {} started", env!("CARGO_PKG_VERSION"));
-    access.audit.note(Entry { method: "start".to_owned(), reason, ..Entry::default() });
+    audit.note(Entry { method: "start".to_owned(), reason, ..Entry::default() });
     let local = listen::local(listen(&args.socket, args.access.socket_group)?);
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    let service = AgentServer::new(server::Server::new(engine.clone(), access.audit.clone()).await)
+    let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone()).await)
         .max_decoding_message_size(LARGEST_MESSAGE);
     health_reporter.set_serving::<AgentServer<server::Server>>().await;
     let mut server = Server::builder()
@@ -219,8 +224,12 @@ async fn run(args: Run) -> Result<()> {
         Some(()) = stdin_closed.recv() => "standard input closed",
     };
     info!(why, "draining");
+    drop(serving);
     let stuck = engine.drain("the agent was stopped").await;
     let _gone = fs::remove_file(&args.socket);
+    // Behind this line nothing waits any more.
+    let stop = Entry { method: "stop".to_owned(), reason: why.to_owned(), ..Entry::default() };
+    let _failed_or_slow = timeout(LAST_LINE, audit.record(stop)).await;
     if !stuck.is_empty() {
         let ids: Vec<_> = stuck.into_iter().map(|i| i.id).collect();
         bail!("could not revert {}; the journal keeps them for the next start", ids.join(", "));
@@ -229,7 +238,8 @@ async fn run(args: Run) -> Result<()> {
     Ok(())
 }
 
-/// Binds the socket so that only root can connect, and a group where one is given. Takes the place of a dead agent's socket, never of a living one's.
+/// Binds the socket so that only root can connect, and a group where one is given. Takes the place of a dead agent's
+/// socket, never of a living one's.
 fn listen(path: &Path, group: Option<u32>) -> Result<UnixListener> {
     if StdUnixStream::connect(path).is_ok() {
         bail!("another agent answers on {}; talk to that one, or give --socket", path.display());

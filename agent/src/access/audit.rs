@@ -4,12 +4,14 @@
 //! waits for nothing here.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io::{self, BufRead, BufReader, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -32,6 +34,9 @@ const WAITING: usize = 1024;
 /// Longest text in a line, characters, and most ids.
 const LONGEST: usize = 400;
 const MOST_IDS: usize = 64;
+/// Lines of one caller and one verdict in a minute that nobody waits for. Whoever asks in vain does not push others out.
+const MOST_NOTES: u32 = 300;
+const MINUTE: Duration = Duration::from_mins(1);
 /// What the first line of all has for its predecessor.
 const NONE: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
@@ -83,7 +88,17 @@ struct Line {
 
 /// The log of this agent, written by a thread of its own: a slow disk holds up nobody who does not wait for it.
 #[derive(Debug, Clone)]
-pub struct Audit(mpsc::SyncSender<Job>);
+pub struct Audit {
+    jobs: mpsc::SyncSender<Job>,
+    notes: Arc<Mutex<Notes>>,
+}
+
+/// How many notes there were in this minute, by caller and verdict.
+#[derive(Debug)]
+struct Notes {
+    since: Instant,
+    counts: HashMap<(String, String), u32>,
+}
 
 type Job = (Entry, Option<oneshot::Sender<Result<()>>>);
 
@@ -109,21 +124,39 @@ impl Audit {
             }
         };
         thread::Builder::new().name("audit".to_owned()).spawn(write).context("start the audit log")?;
-        Ok(Self(sender))
+        let notes = Notes { since: Instant::now(), counts: HashMap::new() };
+        Ok(Self { jobs: sender, notes: Arc::new(Mutex::new(notes)) })
     }
 
     /// Writes an entry; on disk when this returns.
     pub async fn record(&self, entry: Entry) -> Result<()> {
         let (reply, done) = oneshot::channel();
-        self.0.try_send((entry, Some(reply))).map_err(|_| anyhow!("too many lines wait for the disk"))?;
+        self.jobs.try_send((entry, Some(reply))).map_err(|_| anyhow!("too many lines wait for the disk"))?;
         done.await.context("its thread ended")?
     }
 
     /// Writes an entry some time soon.
-    pub fn note(&self, entry: Entry) {
-        if self.0.try_send((entry, None)).is_err() {
+    pub fn note(&self, mut entry: Entry) {
+        match self.notes.lock().unwrap_or_else(PoisonError::into_inner).count(&entry) {
+            ..MOST_NOTES => {}
+            MOST_NOTES => entry.reason += " (what comes more within this minute is not written down)",
+            _ => return METRICS.audit_failures.inc(),
+        }
+        if self.jobs.try_send((entry, None)).is_err() {
             METRICS.audit_failures.inc();
         }
+    }
+}
+
+impl Notes {
+    /// How many there were before in this minute.
+    fn count(&mut self, entry: &Entry) -> u32 {
+        if self.since.elapsed() > MINUTE {
+            *self = Self { since: Instant::now(), counts: HashMap::new() };
+        }
+        let count = self.counts.entry((entry.who.clone(), entry.verdict.clone())).or_default();
+        *count = count.saturating_add(1);
+        *count - 1
     }
 }
 
@@ -377,6 +410,25 @@ mod tests {
         fs::create_dir(&later).unwrap();
         audit.record(entry("b")).await.unwrap();
         verify(&[later.join(NAME)]).unwrap();
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_in_vain_again_and_again_does_not_fill_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::start(dir.path()).unwrap();
+        for _ in 0..MOST_NOTES {
+            audit.note(entry("eve"));
+        }
+        audit.record(entry("ci")).await.unwrap();
+        for _ in 0..1000 {
+            audit.note(entry("eve"));
+        }
+        audit.note(entry("ops"));
+        audit.record(entry("ci")).await.unwrap();
+        let text = fs::read_to_string(dir.path().join(NAME)).unwrap();
+        let of = |who: &str| text.lines().filter(|line| line.contains(&format!("\"who\":\"{who}\""))).count();
+        assert_eq!((of("eve"), of("ops"), of("ci")), (MOST_NOTES as usize + 1, 1, 2));
+        assert!(text.contains("not written down"), "{text}");
     }
 
     #[test]

@@ -23,12 +23,12 @@ impl Access {
         match grant {
             Some(grant) if grant.role >= needed => Ok(grant),
             grant => {
-                let who = caller.to_string();
+                let who = caller.names.join(" ");
                 let (role, has) = match &grant {
                     Some(grant) => (format!("{:?}", grant.role), format!("has the role {:?}", grant.role)),
                     None => (String::new(), "is in no rule of this agent's policy".to_owned()),
                 };
-                let why = format!("{who} {has}, and this takes {needed:?}");
+                let why = format!("{caller} {has}, and this takes {needed:?}");
                 let method = path.rsplit('/').next().unwrap_or(path).to_owned();
                 self.audit.note(Entry {
                     who,
