@@ -9,7 +9,7 @@ use std::{
 
 use futures::{Stream, StreamExt, future::join_all, stream};
 use squall_proto::v1::{self, agent_server::Agent};
-use tokio::sync::{Mutex as AsyncMutex, broadcast::error::RecvError};
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, broadcast::error::RecvError};
 use tokio_stream::wrappers::IntervalStream;
 use tonic::{Request, Response, Status};
 
@@ -37,6 +37,9 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(50);
 const MOST_TARGETS: usize = 64;
 const MOST_IDS: usize = 1024;
 
+/// Threads that read all of /proc at once. However many ask for that, a revert finds a CPU.
+const MOST_READERS: usize = 2;
+
 /// The gRPC service.
 pub struct Server {
     engine: Engine,
@@ -46,6 +49,7 @@ pub struct Server {
     owners: Mutex<HashMap<String, String>>,
     /// Held by whoever has his injections counted.
     counting: AsyncMutex<()>,
+    readers: Arc<Semaphore>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -58,7 +62,14 @@ impl Server {
         for fault in &mut faults {
             fault.reason = fitting(std::mem::take(&mut fault.reason));
         }
-        Self { engine, faults, audit, owners: Mutex::default(), counting: AsyncMutex::default() }
+        Self {
+            engine,
+            faults,
+            audit,
+            owners: Mutex::default(),
+            counting: AsyncMutex::default(),
+            readers: Arc::new(Semaphore::new(MOST_READERS)),
+        }
     }
 
     /// Does a call that changes something, and writes down what came of it.
@@ -110,7 +121,7 @@ impl Server {
             )));
         }
         let scope = first.scope();
-        let targets = blocking(move || resolve(&selector, scope))
+        let targets = reading(&self.readers, move || resolve(&selector, scope))
             .await?
             .map_err(|e| Status::not_found(e.to_string()))?;
         let _counted = if grant.is_counted() { Some(self.counting.lock().await) } else { None };
@@ -208,7 +219,10 @@ impl Agent for Server {
         let targets = request.into_inner().targets;
         at_most("targets", &targets, MOST_TARGETS)?;
         let selectors: Vec<_> = targets.into_iter().map(|t| selector(Some(t))).collect::<Result<_, _>>()?;
-        let resolved = blocking(move || selectors.iter().map(resolved).collect()).await?;
+        let mut found = Vec::new();
+        for selector in selectors {
+            found.push(reading(&self.readers, move || resolved(&selector)).await?);
+        }
         let uname = nix::sys::utsname::uname().map_err(|e| Status::internal(format!("uname: {e}")))?;
         let limits = self.engine.limits();
         Ok(Response::new(v1::DescribeResponse {
@@ -221,7 +235,7 @@ impl Agent for Server {
                 .kind()
                 .to_owned(),
             faults: self.faults.clone(),
-            resolved,
+            resolved: found,
             limits: Some(v1::Limits {
                 longest_ns: limits.longest.as_nanos() as u64,
                 longest_lease_ns: limits.longest_lease.as_nanos() as u64,
@@ -360,11 +374,15 @@ impl Agent for Server {
     async fn sample(&self, request: Request<v1::SampleRequest>) -> Reply<Self::SampleStream> {
         let slot = stream_slot(&request)?;
         let v1::SampleRequest { target, interval_ns } = request.into_inner();
+        let readers = Arc::clone(&self.readers);
         let sampler = Arc::new(Mutex::new(Sampler::new(selector(target)?)));
         let samples = interval(interval_ns).then(move |()| {
             let _as_long_as_it_lasts = &slot;
-            let sampler = Arc::clone(&sampler);
-            blocking(move || sampler.lock().unwrap_or_else(PoisonError::into_inner).sample())
+            let (sampler, readers) = (Arc::clone(&sampler), Arc::clone(&readers));
+            async move {
+                reading(&readers, move || sampler.lock().unwrap_or_else(PoisonError::into_inner).sample())
+                    .await
+            }
         });
         Ok(Response::new(Box::pin(samples)))
     }
@@ -436,10 +454,19 @@ fn refused(error: EngineError) -> Status {
     }
 }
 
-async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-    tokio::task::spawn_blocking(f)
-        .await
-        .map_err(|e| Status::internal(format!("a task of the agent failed: {e}")))
+/// Does something that blocks, once one of the readers is free; first come, first served. A caller who goes away meanwhile
+/// does not make room for another.
+async fn reading<T: Send + 'static>(
+    readers: &Arc<Semaphore>,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    let failed = |e: &dyn std::fmt::Display| Status::internal(format!("a task of the agent failed: {e}"));
+    let reader = Arc::clone(readers).acquire_owned().await.map_err(|e| failed(&e))?;
+    let read = move || {
+        let _until_it_is_done = reader;
+        f()
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|e| failed(&e))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpStream as StdStream},
     path::{Path, PathBuf},
     process::Command,
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -16,6 +16,11 @@ use squall_lab::{Netns, bin_dir, stdout};
 use squall_proto::v1::agent_client::AgentClient;
 use tempfile::TempDir;
 use tokio::net::TcpStream;
+use tokio_rustls::rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 use tower::service_fn;
 
@@ -79,6 +84,17 @@ impl Certs {
     /// What a client trusts, and no certificate of his own.
     pub fn nobody(&self) -> Result<ClientTlsConfig> {
         Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.read("ca.pem")?)))
+    }
+
+    /// The same as [`Self::client`], for a client that does not speak HTTP.
+    pub fn rustls(&self, name: &str) -> Result<Arc<ClientConfig>> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(self.path("ca.pem"))?)?;
+        let certificate = CertificateDer::from_pem_file(self.path(&format!("{name}.pem")))?;
+        let key = PrivateKeyDer::from_pem_file(self.path(&format!("{name}-key.pem")))?;
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let config = config.with_safe_default_protocol_versions()?.with_root_certificates(roots);
+        Ok(Arc::new(config.with_client_auth_cert(vec![certificate], key)?))
     }
 
     /// What a client trusts and shows.

@@ -25,6 +25,7 @@ use squall_tests::{
     Agent, AgentOptions, Certs, Dial, Lab, NetState, SECOND, Sockets, bin_dir, interface, unique,
     verify_audit, wait_for,
 };
+use tokio_rustls::TlsConnector;
 use tonic::{
     Code, Status,
     transport::{Certificate, Channel, ClientTlsConfig, Identity},
@@ -544,15 +545,66 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     let full = full.context("there is no end of streams")?;
     ensure!(full.code() == Code::ResourceExhausted && full.message().contains("streams"), "{full:?}");
     println!("{} connections and {} streams of one client", mine.len(), streams.len());
+    // And questions that take long to answer, all the time.
+    let ask = |mut client: AgentClient<Channel>| async move {
+        let exe = ProcessSelector { exe: "squall-none".to_owned(), ..ProcessSelector::default() };
+        let targets = vec![Target { kind: Some(target::Kind::Process(exe)) }; 64];
+        loop {
+            let asked = client.describe(DescribeRequest { targets: targets.clone() }).await;
+            if asked.is_err_and(|status| status.code() != Code::ResourceExhausted) {
+                return;
+            }
+        }
+    };
+    let mut asking = tokio::task::JoinSet::new();
+    for client in &mine {
+        asking.spawn(ask(client.clone()));
+    }
     // He may still revert, and others may do everything.
-    let took = revert(&mut mine[0], "greedy").await?;
+    let mut slowest = revert(&mut mine[0], "greedy").await?;
     let mut ci = node.client("ci").await?;
-    inject(&mut ci, network("other", harmless())).await?;
-    ci.watch(WatchRequest::default()).await.context("a stream of somebody else")?;
     let mut local = node.agent.client().await?;
-    let took = took.max(revert(&mut local, "other").await?);
-    println!("meanwhile the slowest revert: {took:?}");
-    ensure!(took < PROMPT, "{took:?}");
+    for _ in 0..5 {
+        let id = unique("other");
+        inject(&mut ci, network(&id, harmless())).await?;
+        slowest = slowest.max(revert(&mut local, &id).await?);
+        let id = unique("local");
+        inject(&mut local, network(&id, harmless())).await?;
+        slowest = slowest.max(revert(&mut ci, &id).await?);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    ci.watch(WatchRequest::default()).await.context("a stream of somebody else")?;
+    ensure!(asking.len() == mine.len(), "they do not ask any more");
+    println!("meanwhile the slowest revert: {slowest:?}");
+    ensure!(slowest < PROMPT, "{slowest:?}");
+    asking.shutdown().await;
+    node.is_untouched()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_falls_silent_is_sent_away() -> Result<()> {
+    let node = Node::start("silent").await?;
+    let dial = node.dial_from(Lab::FAR_OTHER);
+    let before = files(&node.agent)?;
+    // One that is there and has nothing to say, by its answers to pings.
+    let mut idle = node.client("eve").await?;
+    idle.list(ListRequest {}).await?;
+    // Others shake hands, and then nothing comes from them any more.
+    let config = node.certs.rustls("ci")?;
+    let mut silent = Vec::new();
+    for _ in 0..10 {
+        let stream = dial.tcp()?;
+        stream.set_nonblocking(true)?;
+        let stream = tokio::net::TcpStream::from_std(stream)?;
+        silent.push(TlsConnector::from(config.clone()).connect(Lab::NEAR.into(), stream).await?);
+    }
+    wait_for("the silent ones to be let in", Duration::from_secs(20), || {
+        Ok((files(&node.agent)? >= before + 11).then_some(()))
+    })?;
+    wait_for("the silent ones to be gone", Duration::from_secs(120), || {
+        Ok((files(&node.agent)? <= before + 1).then_some(()))
+    })?;
+    idle.list(ListRequest {}).await.context("the idle one is gone too")?;
     node.is_untouched()
 }
 

@@ -58,7 +58,7 @@ impl Gate {
         Arc::new(Self {
             handshakes: Quota::new(128, 16),
             connections: Quota::new(256, 64),
-            calls: Quota::new(64, 16),
+            calls: Quota::new(64, 32),
             streams: Quota::new(128, 32),
         })
     }
