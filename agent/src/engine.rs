@@ -36,6 +36,8 @@ use crate::{
 const REMEMBERED: usize = 256;
 /// How often a held fault's target is looked at: a vanished one ends the fault.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
+/// A measurement so young is as good as a new one. However many ask, a revert does not wait behind them.
+const FRESH: Duration = Duration::from_millis(10);
 /// First pause after a failed revert; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -321,7 +323,8 @@ impl Engine {
     }
 }
 
-fn is_live(injection: &v1::Injection) -> bool {
+/// Whether it hurts, may come to hurt, or could not be taken back yet.
+pub fn is_live(injection: &v1::Injection) -> bool {
     matches!(injection.state(), State::Armed | State::Active | State::Stuck)
 }
 
@@ -601,6 +604,7 @@ impl Task {
     /// Holds it until something ends it; says what.
     async fn hold(&mut self, held: &mut AnyHeld) -> &'static str {
         let mut look = tokio::time::interval(ALIVE_EVERY);
+        let mut measured: Option<Instant> = None;
         loop {
             let (deadline, lease_ends) = {
                 let status = self.core.status.borrow();
@@ -625,7 +629,10 @@ impl Task {
                         let _gone = reply.send(updated);
                     }
                     Some(Command::Observe(reply)) => {
-                        self.measure(held).await;
+                        if measured.is_none_or(|at| at.elapsed() >= FRESH) {
+                            self.measure(held).await;
+                            measured = Some(Instant::now());
+                        }
                         let _gone = reply.send(());
                     }
                 },

@@ -1,5 +1,6 @@
 //! `squall-agent`: build, run, drain. No logic.
 
+mod access;
 mod cost;
 mod engine;
 mod fault;
@@ -18,7 +19,7 @@ use std::{
     fs,
     io::{self, Read},
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, PermissionsExt, chown},
     os::unix::net::UnixStream as StdUnixStream,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -32,18 +33,36 @@ use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    task::JoinSet,
+    time::timeout,
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
-use crate::{engine::Engine, fault::KINDS, journal::Journal, limits::Limits};
+use crate::{
+    access::{
+        Access,
+        audit::{self, Entry},
+        listen::{self, PING},
+    },
+    engine::Engine,
+    fault::KINDS,
+    journal::Journal,
+    limits::Limits,
+};
 
 /// Longest message a client may send, bytes.
 const LARGEST_MESSAGE: usize = 1 << 20;
+/// Longest headers of a call, bytes.
+const LARGEST_HEADERS: u32 = 16 << 10;
 /// Calls and streams of one connection at once.
 const MOST_STREAMS: u32 = 128;
+/// Longest time for a call to be understood and answered, streams apart.
+const LONGEST_CALL: Duration = Duration::from_mins(1);
+
+/// How long the end of the agent waits for the audit log.
+const LAST_LINE: Duration = Duration::from_secs(5);
 
 /// The node daemon that injects faults and always takes them back.
 #[derive(Debug, Parser)]
@@ -62,11 +81,13 @@ enum Command {
     Stress(stress::Args),
     /// Measure what a packet pays that no fault is about, in a network namespace of its own, and exit. Needs root.
     Cost(cost::Args),
+    /// Look into the audit log of an agent
+    Audit(audit::Args),
 }
 
 #[derive(Debug, clap::Args)]
 struct Run {
-    /// Unix socket to serve gRPC on, mode 0600
+    /// Unix socket to serve gRPC on; for root alone, unless there is a --socket-group
     #[arg(long, default_value = "/run/squall/agent.sock", value_name = "PATH")]
     socket: PathBuf,
     /// Directory of the undo journal; one agent at a time
@@ -90,6 +111,8 @@ struct Run {
     /// Allow network faults without peers on the node's own interfaces: they hit SSH and the kubelet too
     #[arg(long)]
     allow_whole_node_network: bool,
+    #[command(flatten)]
+    access: access::Options,
 }
 
 #[derive(Debug, Clone)]
@@ -122,6 +145,7 @@ fn main() -> ExitCode {
         Some(Command::Cost(args)) => {
             runtime.block_on(async { tokio::task::block_in_place(|| cost::main(&args)) })
         }
+        Some(Command::Audit(args)) => audit::main(&args),
         Some(Command::Stress(_)) | None => runtime.block_on(run(cli.run)),
     });
     match done {
@@ -163,21 +187,36 @@ async fn run(args: Run) -> Result<()> {
     if let Some(address) = args.metrics.0 {
         metrics::serve(address, engine.clone()).await?;
     }
-    let listener = listen(&args.socket)?;
+    let access = Access::new(&args.access, &args.state_dir)?;
+    let audit = access.audit.clone();
+    let reason = format!("squall-agent {} started", env!("CARGO_PKG_VERSION"));
+    audit.note(Entry { method: "start".to_owned(), reason, ..Entry::default() });
+    let local = listen::local(listen(&args.socket, args.access.socket_group)?);
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    let service = AgentServer::new(server::Server::new(engine.clone()).await)
+    let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone()).await)
         .max_decoding_message_size(LARGEST_MESSAGE);
     health_reporter.set_serving::<AgentServer<server::Server>>().await;
-    let serving = Server::builder()
-        .max_concurrent_streams(MOST_STREAMS)
-        .add_service(health)
-        .add_service(service)
-        .serve_with_incoming(UnixListenerStream::new(listener));
+    let mut server = Server::builder()
+        .layer(access)
+        .timeout(LONGEST_CALL)
+        .http2_max_header_list_size(LARGEST_HEADERS)
+        .max_concurrent_streams(MOST_STREAMS);
+    let remote = access::listen(&args.access).await?;
+    let mut serving = JoinSet::new();
+    if let Some((remote, address)) = remote {
+        fault::keep_open(address.port());
+        let mut server =
+            server.clone().http2_keepalive_interval(Some(PING)).http2_keepalive_timeout(Some(PING));
+        let server = server.add_service(health.clone()).add_service(service.clone());
+        serving.spawn(server.serve_with_incoming(remote));
+        info!(%address, "serving remote clients");
+    }
+    serving.spawn(server.add_service(health).add_service(service).serve_with_incoming(local));
     info!(socket = %args.socket.display(), "serving");
 
     let why = tokio::select! {
-        served = serving => {
-            served.context("serve gRPC")?;
+        Some(served) = serving.join_next() => {
+            served?.context("serve gRPC")?;
             "the server ended"
         }
         _ = terminate.recv() => "SIGTERM",
@@ -185,8 +224,12 @@ async fn run(args: Run) -> Result<()> {
         Some(()) = stdin_closed.recv() => "standard input closed",
     };
     info!(why, "draining");
+    drop(serving);
     let stuck = engine.drain("the agent was stopped").await;
     let _gone = fs::remove_file(&args.socket);
+    // Behind this line nothing waits any more.
+    let stop = Entry { method: "stop".to_owned(), reason: why.to_owned(), ..Entry::default() };
+    let _failed_or_slow = timeout(LAST_LINE, audit.record(stop)).await;
     if !stuck.is_empty() {
         let ids: Vec<_> = stuck.into_iter().map(|i| i.id).collect();
         bail!("could not revert {}; the journal keeps them for the next start", ids.join(", "));
@@ -195,14 +238,16 @@ async fn run(args: Run) -> Result<()> {
     Ok(())
 }
 
-/// Binds the socket so that only root can connect. Takes the place of a dead agent's socket, never of a living one's.
-fn listen(path: &Path) -> Result<UnixListener> {
+/// Binds the socket so that only root can connect, and a group where one is given. Takes the place of a dead agent's
+/// socket, never of a living one's.
+fn listen(path: &Path, group: Option<u32>) -> Result<UnixListener> {
     if StdUnixStream::connect(path).is_ok() {
         bail!("another agent answers on {}; talk to that one, or give --socket", path.display());
     }
-    if let Some(dir) = path.parent() {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-        made.with_context(|| format!("make {}", dir.display()))?;
+    let (directory, socket) = if group.is_some() { (0o710, 0o660) } else { (0o700, 0o600) };
+    if let Some(dir) = path.parent().filter(|dir| !dir.exists()) {
+        let made = fs::DirBuilder::new().recursive(true).mode(directory).create(dir);
+        made.and_then(|()| chown(dir, None, group)).with_context(|| format!("make {}", dir.display()))?;
     }
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -215,7 +260,8 @@ fn listen(path: &Path) -> Result<UnixListener> {
     let listener = UnixListener::bind(path);
     nix::sys::stat::umask(mask);
     let listener = listener.with_context(|| format!("listen on {}", path.display()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    chown(path, None, group).with_context(|| format!("--socket-group: {}", path.display()))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(socket))?;
     Ok(listener)
 }
 

@@ -27,6 +27,9 @@ pub static METRICS: LazyLock<Metrics> =
 pub struct Metrics {
     /// Undo records that were set aside.
     pub unreadable_records: IntCounter,
+    /// Lines that the audit log lacks.
+    pub audit_failures: IntCounter,
+    refused: IntCounterVec,
     injections: IntGaugeVec,
     ended: IntCounterVec,
     failed_reverts: IntCounterVec,
@@ -131,6 +134,15 @@ impl Metrics {
                 "squall_journal_unreadable_records_total",
                 "Undo records that could not be read and were set aside."
             )?,
+            audit_failures: register_int_counter!(
+                "squall_audit_failures_total",
+                "Lines that could not be written to the audit log."
+            )?,
+            refused: register_int_counter_vec!(
+                "squall_access_refused_total",
+                "Connections and calls that were not let in, by what they lacked or had too much of.",
+                &["reason"]
+            )?,
             injections: register_int_gauge_vec!(
                 "squall_injections",
                 "Injections known now.",
@@ -160,6 +172,11 @@ impl Metrics {
             counted: Mutex::default(),
             delays: Delays::register()?,
         })
+    }
+
+    /// A connection or a call was not let in.
+    pub fn refused(&self, reason: &str) {
+        self.refused.with_label_values(&[reason]).inc();
     }
 
     /// An injection is over.

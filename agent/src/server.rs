@@ -1,6 +1,7 @@
 //! gRPC ⇄ the engine. Requests become domain types here, once; past this file nothing in them can be invalid.
 
 use std::{
+    collections::HashMap,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -8,16 +9,23 @@ use std::{
 
 use futures::{Stream, StreamExt, future::join_all, stream};
 use squall_proto::v1::{self, agent_server::Agent};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, broadcast::error::RecvError};
 use tokio_stream::wrappers::IntervalStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    engine::{Engine, EngineError, Order},
+    access::{
+        audit::{Audit, Entry},
+        listen::Caller,
+        policy::{Grant, Role},
+        quota::Slot,
+    },
+    engine::{self, Engine, EngineError, Order},
     fault::{AnyFault, KINDS, Kind},
     host::cgroup,
     journal,
     limits::Invalid,
+    metrics::METRICS,
     sample::Sampler,
     target::{Scope, Selector, resolve},
 };
@@ -25,10 +33,23 @@ use crate::{
 /// Shortest interval of a stream, so that a client cannot keep the agent busy.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Most targets and ids in one request.
+const MOST_TARGETS: usize = 64;
+const MOST_IDS: usize = 1024;
+
+/// Threads that read all of /proc at once. However many ask for that, a revert finds a CPU.
+const MOST_READERS: usize = 2;
+
 /// The gRPC service.
 pub struct Server {
     engine: Engine,
     faults: Vec<v1::FaultSupport>,
+    audit: Audit,
+    /// Who injected what, by id.
+    owners: Mutex<HashMap<String, String>>,
+    /// Held by whoever has his injections counted.
+    counting: AsyncMutex<()>,
+    readers: Arc<Semaphore>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -36,20 +57,63 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Server {
     /// A server over an engine. Finds out what works on this node.
-    pub async fn new(engine: Engine) -> Self {
+    pub async fn new(engine: Engine, audit: Audit) -> Self {
         let mut faults = join_all(KINDS.iter().map(Kind::describe)).await;
         for fault in &mut faults {
             fault.reason = fitting(std::mem::take(&mut fault.reason));
         }
-        Self { engine, faults }
+        Self {
+            engine,
+            faults,
+            audit,
+            owners: Mutex::default(),
+            counting: AsyncMutex::default(),
+            readers: Arc::new(Semaphore::new(MOST_READERS)),
+        }
     }
 
-    async fn arm(&self, request: v1::ArmRequest) -> Result<Vec<v1::Injection>, Status> {
+    /// Does a call that changes something, and writes down what came of it.
+    async fn audited<T>(
+        &self,
+        mut entry: Entry,
+        call: impl AsyncFnOnce(&mut Entry) -> Result<T, Status>,
+    ) -> Result<T, Status> {
+        let done = call(&mut entry).await;
+        if let Err(status) = &done {
+            status.message().clone_into(&mut entry.reason);
+            "refused".clone_into(&mut entry.verdict);
+            self.audit.note(entry);
+        }
+        done
+    }
+
+    /// Writes down what is about to be done. Where that is not possible it is not done.
+    async fn allow(&self, entry: &Entry) -> Result<(), Status> {
+        let entry = Entry { verdict: "allowed".to_owned(), ..entry.clone() };
+        self.audit.record(entry).await.map_err(|e| {
+            Status::failed_precondition(format!(
+                "the audit log cannot be written, so nothing is injected (reverts work): {e:#}"
+            ))
+        })
+    }
+
+    async fn arm(
+        &self,
+        grant: &Grant,
+        request: v1::ArmRequest,
+        entry: &mut Entry,
+    ) -> Result<Vec<v1::Injection>, Status> {
+        entry.ids = vec![request.id.clone()];
         let selector = selector(request.target)?;
+        entry.target = selector.to_string();
         let fault = request.fault.ok_or_else(|| missing("fault"))?;
         let parse = || AnyFault::parse(fault.clone()).map_err(|e| refused(e.into()));
         let first = parse()?;
         let kind = first.kind().name;
+        let duration = Duration::from_nanos(request.duration_ns);
+        kind.clone_into(&mut entry.kind);
+        entry.summary = format!("{} for {duration:?}", first.summary());
+        grant.check_fault(kind, duration).map_err(forbidden)?;
         if let Some(support) = self.faults.iter().find(|f| f.kind == kind && !f.available) {
             return Err(Status::failed_precondition(format!(
                 "{kind} faults do not work on this node: {}",
@@ -57,28 +121,108 @@ impl Server {
             )));
         }
         let scope = first.scope();
-        let targets = blocking(move || resolve(&selector, scope))
+        let targets = reading(&self.readers, move || resolve(&selector, scope))
             .await?
             .map_err(|e| Status::not_found(e.to_string()))?;
+        let _counted = if grant.is_counted() { Some(self.counting.lock().await) } else { None };
+        let live = self.live_of(grant, &request.id);
+        grant.check_targets(scope, &targets, live).map_err(forbidden)?;
+        if !request.dry_run {
+            self.allow(entry).await?;
+        }
         let faults = targets.iter().map(|_| parse()).collect::<Result<_, _>>()?;
         let order = Order {
             id: request.id,
             targets,
             faults,
-            duration: Duration::from_nanos(request.duration_ns),
+            duration,
             lease: Duration::from_nanos(request.lease_ns),
             dry_run: request.dry_run,
         };
-        self.engine.arm(order).await.map_err(refused)
+        let injections = self.engine.arm(order).await.map_err(refused)?;
+        if !request.dry_run {
+            let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = self.engine.list();
+            owners.retain(|id, _| known.iter().any(|i| i.id == *id));
+            for injection in &injections {
+                owners.entry(injection.id.clone()).or_insert_with(|| grant.who.clone());
+            }
+        }
+        Ok(injections)
     }
+
+    fn owner(&self, id: &str) -> Option<String> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// How many live injections a caller has, besides those of an order that is repeated.
+    fn live_of(&self, grant: &Grant, order: &str) -> usize {
+        let live = self.engine.list().into_iter().filter(|i| engine::is_live(i) && !names(order, &i.id));
+        live.filter(|i| self.owner(&i.id).as_ref() == Some(&grant.who)).count()
+    }
+
+    /// Refuses injections of somebody else, except to an admin.
+    fn check_owner(&self, grant: &Grant, ids: &[String]) -> Result<(), Status> {
+        if grant.role == Role::Admin {
+            return Ok(());
+        }
+        let known = self.engine.list();
+        let named = known.iter().filter(|i| ids.iter().any(|id| names(id, &i.id)));
+        let mut foreign = named.filter(|i| self.owner(&i.id).as_ref() != Some(&grant.who));
+        match foreign.next() {
+            Some(i) => Err(Status::permission_denied(format!(
+                "{} was injected by somebody else: {} may revert it, and change only his own",
+                i.id, grant.who
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the door found out about a caller. Without it nothing is done.
+fn grant<T>(request: &Request<T>) -> Result<Grant, Status> {
+    let grant = request.extensions().get::<Grant>().cloned();
+    grant.ok_or_else(|| Status::internal("the call did not come through the door"))
+}
+
+/// A place for a stream.
+fn stream_slot<T>(request: &Request<T>) -> Result<Slot, Status> {
+    let who = grant(request)?.who;
+    let caller = request.extensions().get::<Caller>();
+    let slot = caller.and_then(|caller| caller.gate.streams.take(&who));
+    slot.ok_or_else(|| {
+        METRICS.refused("streams");
+        Status::resource_exhausted(format!("{who} has too many streams open; end some of them"))
+    })
+}
+
+fn entry(grant: &Grant, method: &str) -> Entry {
+    Entry {
+        who: grant.who.clone(),
+        role: format!("{:?}", grant.role),
+        method: method.to_owned(),
+        ..Entry::default()
+    }
+}
+
+fn at_most<T>(field: &str, given: &[T], most: usize) -> Result<(), Status> {
+    if given.len() <= most {
+        return Ok(());
+    }
+    let fix = format!("give at most {most} in one call");
+    Err(refused(Invalid::new(field, given.len(), "too many", fix).into()))
 }
 
 #[tonic::async_trait]
 impl Agent for Server {
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Reply<v1::DescribeResponse> {
-        let selectors: Vec<_> =
-            request.into_inner().targets.into_iter().map(|t| selector(Some(t))).collect::<Result<_, _>>()?;
-        let resolved = blocking(move || selectors.iter().map(resolved).collect()).await?;
+        let targets = request.into_inner().targets;
+        at_most("targets", &targets, MOST_TARGETS)?;
+        let selectors: Vec<_> = targets.into_iter().map(|t| selector(Some(t))).collect::<Result<_, _>>()?;
+        let mut found = Vec::new();
+        for selector in selectors {
+            found.push(reading(&self.readers, move || resolved(&selector)).await?);
+        }
         let uname = nix::sys::utsname::uname().map_err(|e| Status::internal(format!("uname: {e}")))?;
         let limits = self.engine.limits();
         Ok(Response::new(v1::DescribeResponse {
@@ -91,7 +235,7 @@ impl Agent for Server {
                 .kind()
                 .to_owned(),
             faults: self.faults.clone(),
-            resolved,
+            resolved: found,
             limits: Some(v1::Limits {
                 longest_ns: limits.longest.as_nanos() as u64,
                 longest_lease_ns: limits.longest_lease.as_nanos() as u64,
@@ -101,52 +245,92 @@ impl Agent for Server {
     }
 
     async fn arm(&self, request: Request<v1::ArmRequest>) -> Reply<v1::ArmResponse> {
-        let injections = self.arm(request.into_inner()).await?;
+        let grant = grant(&request)?;
+        let request = request.into_inner();
+        let injections =
+            self.audited(entry(&grant, "Arm"), async |entry| self.arm(&grant, request, entry).await).await?;
         Ok(Response::new(v1::ArmResponse { injections }))
     }
 
     async fn fire(&self, request: Request<v1::FireRequest>) -> Reply<v1::FireResponse> {
-        let injections = self.engine.fire(&request.into_inner().ids).await.map_err(refused)?;
-        Ok(Response::new(v1::FireResponse { injections }))
+        let grant = grant(&request)?;
+        let v1::FireRequest { ids } = request.into_inner();
+        let fired = self.audited(entry(&grant, "Fire"), async |entry| {
+            at_most("ids", &ids, MOST_IDS)?;
+            entry.ids.clone_from(&ids);
+            self.check_owner(&grant, &ids)?;
+            self.allow(entry).await?;
+            self.engine.fire(&ids).await.map_err(refused)
+        });
+        Ok(Response::new(v1::FireResponse { injections: fired.await? }))
     }
 
     async fn inject(&self, request: Request<v1::ArmRequest>) -> Reply<v1::ArmResponse> {
+        let grant = grant(&request)?;
         let request = request.into_inner();
         let dry_run = request.dry_run;
-        let mut injections = self.arm(request).await?;
-        if !dry_run {
+        let injected = self.audited(entry(&grant, "Inject"), async |entry| {
+            let injections = self.arm(&grant, request, entry).await?;
+            if dry_run {
+                return Ok(injections);
+            }
             let ids: Vec<_> = injections.into_iter().map(|i| i.id).collect();
-            injections = self.engine.fire(&ids).await.map_err(refused)?;
-        }
-        Ok(Response::new(v1::ArmResponse { injections }))
+            self.check_owner(&grant, &ids)?;
+            self.engine.fire(&ids).await.map_err(refused)
+        });
+        Ok(Response::new(v1::ArmResponse { injections: injected.await? }))
     }
 
     async fn update(&self, request: Request<v1::UpdateRequest>) -> Reply<v1::UpdateResponse> {
+        let grant = grant(&request)?;
         let v1::UpdateRequest { id, fault } = request.into_inner();
-        let fault = AnyFault::parse(fault.ok_or_else(|| missing("fault"))?).map_err(|e| refused(e.into()))?;
-        let injection = self.engine.update(&id, fault).await.map_err(refused)?;
-        Ok(Response::new(v1::UpdateResponse { injection: Some(injection) }))
+        let updated = self.audited(entry(&grant, "Update"), async |entry| {
+            entry.ids = vec![id.clone()];
+            let fault = fault.ok_or_else(|| missing("fault"))?;
+            let fault = AnyFault::parse(fault).map_err(|e| refused(e.into()))?;
+            fault.kind().name.clone_into(&mut entry.kind);
+            entry.summary = fault.summary();
+            grant.check_fault(&entry.kind, Duration::ZERO).map_err(forbidden)?;
+            self.check_owner(&grant, std::slice::from_ref(&id))?;
+            self.allow(entry).await?;
+            self.engine.update(&id, fault).await.map_err(refused)
+        });
+        Ok(Response::new(v1::UpdateResponse { injection: Some(updated.await?) }))
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Reply<v1::RenewResponse> {
-        let gone = self.engine.renew(&request.into_inner().ids).await;
-        Ok(Response::new(v1::RenewResponse { gone }))
+        let grant = grant(&request)?;
+        let v1::RenewRequest { ids } = request.into_inner();
+        let renewed = self.audited(entry(&grant, "Renew"), async |entry| {
+            at_most("ids", &ids, MOST_IDS)?;
+            entry.ids.clone_from(&ids);
+            self.check_owner(&grant, &ids)?;
+            Ok(self.engine.renew(&ids).await)
+        });
+        Ok(Response::new(v1::RenewResponse { gone: renewed.await? }))
     }
 
     async fn revert(&self, request: Request<v1::RevertRequest>) -> Reply<v1::RevertResponse> {
+        let grant = grant(&request)?;
         let v1::RevertRequest { ids, all } = request.into_inner();
-        let ids = match (ids.is_empty(), all) {
-            (false, false) => ids,
-            (true, true) => self.engine.list().into_iter().map(|i| i.id).collect(),
-            _ => {
-                return Err(refused(
-                    Invalid::new("ids", ids.join(" "), "neither ids alone nor all alone", "give ids, or all")
-                        .into(),
-                ));
-            }
-        };
-        let injections = self.engine.revert(&ids, "reverted on request").await.map_err(refused)?;
-        Ok(Response::new(v1::RevertResponse { injections }))
+        let reverted = self.audited(entry(&grant, "Revert"), async |entry| {
+            at_most("ids", &ids, MOST_IDS)?;
+            let ids = match (ids.is_empty(), all) {
+                (false, false) => ids,
+                (true, true) => self.engine.list().into_iter().map(|i| i.id).collect(),
+                _ => {
+                    let problem = "neither ids alone nor all alone";
+                    return Err(refused(
+                        Invalid::new("ids", ids.join(" "), problem, "give ids, or all").into(),
+                    ));
+                }
+            };
+            entry.ids.clone_from(&ids);
+            let reverted = self.engine.revert(&ids, "reverted on request").await.map_err(refused)?;
+            self.audit.note(Entry { verdict: "allowed".to_owned(), ..entry.clone() });
+            Ok(reverted)
+        });
+        Ok(Response::new(v1::RevertResponse { injections: reverted.await? }))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
@@ -157,7 +341,9 @@ impl Agent for Server {
     type WatchStream = Streamed<v1::Injection>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Reply<Self::WatchStream> {
+        let slot = stream_slot(&request)?;
         let v1::WatchRequest { ids, interval_ns } = request.into_inner();
+        at_most("ids", &ids, MOST_IDS)?;
         let changes = self.engine.changes();
         let engine = self.engine.clone();
         let wanted = ids.clone();
@@ -176,17 +362,27 @@ impl Agent for Server {
             let (engine, ids) = (engine.clone(), ids.clone());
             async move { stream::iter(engine.observe(&ids).await.unwrap_or_default()) }
         });
-        Ok(Response::new(Box::pin(stream::select(changes, regular.flatten()).map(Ok))))
+        let all = stream::select(changes, regular.flatten()).map(move |injection| {
+            let _as_long_as_it_lasts = &slot;
+            Ok(injection)
+        });
+        Ok(Response::new(Box::pin(all)))
     }
 
     type SampleStream = Streamed<v1::TargetSample>;
 
     async fn sample(&self, request: Request<v1::SampleRequest>) -> Reply<Self::SampleStream> {
+        let slot = stream_slot(&request)?;
         let v1::SampleRequest { target, interval_ns } = request.into_inner();
+        let readers = Arc::clone(&self.readers);
         let sampler = Arc::new(Mutex::new(Sampler::new(selector(target)?)));
         let samples = interval(interval_ns).then(move |()| {
-            let sampler = Arc::clone(&sampler);
-            blocking(move || sampler.lock().unwrap_or_else(PoisonError::into_inner).sample())
+            let _as_long_as_it_lasts = &slot;
+            let (sampler, readers) = (Arc::clone(&sampler), Arc::clone(&readers));
+            async move {
+                reading(&readers, move || sampler.lock().unwrap_or_else(PoisonError::into_inner).sample())
+                    .await
+            }
         });
         Ok(Response::new(Box::pin(samples)))
     }
@@ -243,6 +439,10 @@ fn fitting(text: String) -> String {
     format!("{head} […] {tail}")
 }
 
+fn forbidden(error: Invalid) -> Status {
+    Status::permission_denied(fitting(error.to_string()))
+}
+
 fn refused(error: EngineError) -> Status {
     let message = fitting(error.to_string());
     match error {
@@ -254,10 +454,19 @@ fn refused(error: EngineError) -> Status {
     }
 }
 
-async fn blocking<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
-    tokio::task::spawn_blocking(f)
-        .await
-        .map_err(|e| Status::internal(format!("a task of the agent failed: {e}")))
+/// Does something that blocks, once one of the readers is free; first come, first served. A caller who goes away meanwhile
+/// does not make room for another.
+async fn reading<T: Send + 'static>(
+    readers: &Arc<Semaphore>,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    let failed = |e: &dyn std::fmt::Display| Status::internal(format!("a task of the agent failed: {e}"));
+    let reader = Arc::clone(readers).acquire_owned().await.map_err(|e| failed(&e))?;
+    let read = move || {
+        let _until_it_is_done = reader;
+        f()
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|e| failed(&e))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    fs::File,
+    fs::{self, File},
     net::IpAddr,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
 use nix::{
     sys::{
         memfd::{MFdFlags, memfd_create},
@@ -25,10 +26,15 @@ use tokio::{
     process::{Child, Command},
     time::{Instant, sleep, timeout},
 };
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Certificate, Channel, ClientTlsConfig, Identity},
+};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
+
+use crate::wrong::Wrong;
 
 /// Calls that only read or prepare.
 const QUICK: Duration = Duration::from_secs(10);
@@ -48,6 +54,77 @@ pub(crate) enum Address {
     Unix(PathBuf),
     /// Host and port on loopback, without TLS.
     Tcp(String),
+    /// Host and port, with mutual TLS.
+    Tls(String, Tls),
+}
+
+/// How we show who we are, and know who answers. Files are PEM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+pub(crate) struct Tls {
+    /// Our certificate, for agents at https://
+    #[arg(
+        long = "tls-cert",
+        value_name = "FILE",
+        global = true,
+        help_heading = "Everywhere",
+        env = "SQUALL_TLS_CERT"
+    )]
+    cert: Option<PathBuf>,
+    /// Its key
+    #[arg(
+        long = "tls-key",
+        value_name = "FILE",
+        global = true,
+        help_heading = "Everywhere",
+        env = "SQUALL_TLS_KEY"
+    )]
+    key: Option<PathBuf>,
+    /// CA of the agents' certificates
+    #[arg(
+        long = "tls-ca",
+        value_name = "FILE",
+        global = true,
+        help_heading = "Everywhere",
+        env = "SQUALL_TLS_CA"
+    )]
+    ca: Option<PathBuf>,
+    /// Name in the agents' certificates, where it is not the one they are reached by
+    #[arg(
+        long = "tls-server-name",
+        value_name = "NAME",
+        global = true,
+        help_heading = "Everywhere",
+        env = "SQUALL_TLS_SERVER_NAME"
+    )]
+    server_name: Option<String>,
+}
+
+impl Tls {
+    fn config(&self) -> Result<ClientTlsConfig, Wrong> {
+        let read = |option: &str, path: &Option<PathBuf>| {
+            let missing =
+                || Wrong(format!("agents at https:// need {option} FILE; `squall certs` makes some"));
+            let path = path.as_ref().ok_or_else(missing)?;
+            fs::read(path).map_err(|e| Wrong(format!("{option}: {}: {e}", path.display())))
+        };
+        let identity = Identity::from_pem(read("--tls-cert", &self.cert)?, read("--tls-key", &self.key)?);
+        let ca = Certificate::from_pem(read("--tls-ca", &self.ca)?);
+        let config = ClientTlsConfig::new().identity(identity).ca_certificate(ca);
+        Ok(match &self.server_name {
+            Some(name) => config.domain_name(name),
+            None => config,
+        })
+    }
+}
+
+impl Address {
+    /// The same, reached with these certificates where it takes any.
+    pub(crate) fn with(self, tls: &Tls) -> Self {
+        match self {
+            Self::Tls(authority, _) => Self::Tls(authority, tls.clone()),
+            plain => plain,
+        }
+    }
 }
 
 impl FromStr for Address {
@@ -60,11 +137,11 @@ impl FromStr for Address {
             }
             return Ok(Self::Unix(path.into()));
         }
-        let expected = "expected unix:///run/squall/agent.sock or http://127.0.0.1:7400";
-        if text.starts_with("https://") {
-            return Err(format!("TLS is not supported; {expected}"));
-        }
-        let Some(authority) = text.strip_prefix("http://") else { return Err(expected.into()) };
+        let expected = "expected unix:///run/squall/agent.sock, https://node-1:7400 or http://127.0.0.1:7400";
+        let tls = text.strip_prefix("https://");
+        let Some(authority) = tls.or_else(|| text.strip_prefix("http://")) else {
+            return Err(expected.into());
+        };
         let authority = authority.trim_end_matches('/');
         let Some((host, port)) = authority.rsplit_once(':') else {
             return Err(format!("no port; {expected}"));
@@ -72,11 +149,14 @@ impl FromStr for Address {
         if port.parse::<u16>().is_err() {
             return Err(format!("`{port}` is no port; {expected}"));
         }
+        if tls.is_some() {
+            return Ok(Self::Tls(authority.to_owned(), Tls::default()));
+        }
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if host != "localhost" && !bare.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()) {
             return Err(format!(
-                "plain TCP to {host} is refused: anyone on the way could inject faults; use loopback \
-                 (ssh -L 7400:/run/squall/agent.sock {host})"
+                "plain TCP to {host} is refused: anyone on the way could inject faults; use https:// with certificates, \
+                 or loopback (ssh -L 7400:/run/squall/agent.sock {host})"
             ));
         }
         Ok(Self::Tcp(authority.to_owned()))
@@ -88,6 +168,7 @@ impl fmt::Display for Address {
         match self {
             Self::Unix(path) => write!(f, "unix://{}", path.display()),
             Self::Tcp(authority) => write!(f, "http://{authority}"),
+            Self::Tls(authority, _) => write!(f, "https://{authority}"),
         }
     }
 }
@@ -141,6 +222,7 @@ impl CallError {
             | Code::ResourceExhausted
             | Code::OutOfRange
             | Code::PermissionDenied
+            | Code::Unauthenticated
             | Code::AlreadyExists => Self::Refused { node, message },
             // Transport errors of a broken connection arrive as Unknown with a source.
             Code::Unknown if std::error::Error::source(status).is_some() => Self::Lost { node, message },
@@ -274,13 +356,19 @@ async fn open(address: &Address) -> Result<Channel> {
     let uri = match address {
         Address::Unix(path) => format!("unix://{}", path.display()),
         Address::Tcp(authority) => format!("http://{authority}"),
+        Address::Tls(authority, _) => format!("https://{authority}"),
     };
-    let endpoint = tonic::transport::Endpoint::from_shared(uri)
+    let mut endpoint = tonic::transport::Endpoint::from_shared(uri)
         .with_context(|| format!("{address} is no address of an agent"))?
         .connect_timeout(Duration::from_secs(3))
         // A node that is gone sends no reset; without this the streams would wait for TCP to give up.
         .http2_keep_alive_interval(Duration::from_secs(2))
         .keep_alive_timeout(Duration::from_secs(5));
+    if let Address::Tls(_, tls) = address {
+        endpoint = endpoint
+            .tls_config(tls.config()?)
+            .map_err(|e| Wrong(format!("--tls-cert, --tls-key, --tls-ca: {e:?}")))?;
+    }
     endpoint.connect().await.with_context(|| format!("no agent answers at {address}"))
 }
 
@@ -327,7 +415,10 @@ impl Agents {
         }
         let mut list: Vec<Agent> = Vec::new();
         for address in addresses {
-            let agent = Agent::connect(address).await.map_err(|e| Unreachable(format!("{e:#}")))?;
+            let agent = Agent::connect(address).await.map_err(|e| match e.downcast::<Wrong>() {
+                Ok(wrong) => wrong.into(),
+                Err(e) => anyhow!(Unreachable(format!("{e:#}"))),
+            })?;
             if let Some(same) = list.iter().find(|a| a.node == agent.node) {
                 bail!(
                     "{} and {address} are both agents of node {}; name one of them",
@@ -485,6 +576,7 @@ mod tests {
     #[case("unix:///run/squall/agent.sock", Address::Unix("/run/squall/agent.sock".into()))]
     #[case("http://127.0.0.1:7400", Address::Tcp("127.0.0.1:7400".into()))]
     #[case("http://[::1]:7400/", Address::Tcp("[::1]:7400".into()))]
+    #[case("https://10.0.0.7:7400/", Address::Tls("10.0.0.7:7400".into(), Tls::default()))]
     #[case("http://localhost:7400", Address::Tcp("localhost:7400".into()))]
     fn addresses(#[case] text: &str, #[case] expected: Address) {
         assert_eq!(text.parse::<Address>(), Ok(expected));
@@ -494,7 +586,7 @@ mod tests {
     #[case("http://10.0.0.7:7400", "plain TCP to 10.0.0.7 is refused")]
     #[case("http://example.com:7400", "plain TCP to example.com is refused")]
     #[case("http://127.0.0.1", "no port")]
-    #[case("https://127.0.0.1:7400", "TLS is not supported")]
+    #[case("https://node-1", "no port")]
     #[case("unix://run/agent.sock", "the path of a socket is absolute")]
     #[case("127.0.0.1:7400", "expected unix://")]
     fn refused_addresses(#[case] text: &str, #[case] why: &str) {

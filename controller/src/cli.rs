@@ -5,7 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    agents::Address,
+    agents::{Address, Tls},
+    certs::Certs,
     plan::{
         fault::{Cpu, Memory, Size},
         units::{self, Wrong},
@@ -53,8 +54,9 @@ pub(crate) struct Cli {
 /// What every command takes.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// An agent: `unix:///run/squall/agent.sock` or `http://127.0.0.1:7400` (loopback only). Repeatable; without
-    /// it the agent of this host is used, and where none runs, one is started for this command
+    /// An agent: `unix:///run/squall/agent.sock`, `https://node-1:7400` (with --tls-…) or `http://127.0.0.1:7400`
+    /// (loopback only). Repeatable; without it the agent of this host is used, and where none runs, one is started
+    /// for this command
     #[arg(
         long = "agents",
         value_name = "ADDRESS",
@@ -63,6 +65,8 @@ pub(crate) struct Common {
         value_delimiter = ','
     )]
     pub agents: Vec<Address>,
+    #[command(flatten)]
+    pub tls: Tls,
     /// Form of the output
     #[arg(
         short,
@@ -137,6 +141,8 @@ pub(crate) enum Command {
     },
     /// Agents, their nodes, and which faults work there
     Nodes,
+    /// Make a CA, and certificates of it for agents and their clients, to start with
+    Certs(Certs),
     /// Make the reports of a run again from its events
     Report {
         /// Id of the run (its first letters are enough), or its directory

@@ -1,6 +1,7 @@
 //! `squall`: runs plans of faults against agents and gives a verdict.
 
 mod agents;
+mod certs;
 mod check;
 mod cli;
 mod clock;
@@ -41,7 +42,7 @@ use crate::cli::{Cli, Command, exit};
 static PANICKED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
             // Help and version are no errors.
@@ -50,6 +51,8 @@ fn main() -> ExitCode {
             return code.into();
         }
     };
+    let tls = &cli.common.tls;
+    cli.common.agents = cli.common.agents.into_iter().map(|agent| agent.with(tls)).collect();
     // A panic must never look like a verdict, not even one in a task that nothing waits for: 101 is no code of ours.
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -78,6 +81,9 @@ fn command(cli: &Cli) -> Result<u8> {
         commands::out(&format!("{}\n", cli::EXIT_CODES));
         return Ok(exit::OK);
     }
+    if let Command::Certs(certs) = &cli.command {
+        return certs.run();
+    }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
     runtime.block_on(async {
@@ -93,7 +99,7 @@ fn command(cli: &Cli) -> Result<u8> {
             Command::Nodes => commands::nodes(common).await,
             Command::Run { plan, seed } => run::run(common, plan, *seed, signals::follow()?).await,
             Command::Report { run, format } => commands::report(common, run, *format),
-            Command::ExitCodes => Ok(exit::OK),
+            Command::Certs(_) | Command::ExitCodes => Ok(exit::OK),
         }
     })
 }

@@ -32,6 +32,8 @@ pub struct AgentOptions<'a> {
     pub netns: Option<&'a Netns>,
     /// More arguments.
     pub args: &'a [&'a str],
+    /// Its state directory; one of its own, where none is given.
+    pub state_dir: Option<&'a Path>,
 }
 
 /// A running agent. It is killed when this is dropped, and what it kept in its state directory is gone.
@@ -39,6 +41,7 @@ pub struct AgentOptions<'a> {
 pub struct Agent {
     process: Running,
     dir: TempDir,
+    state_dir: PathBuf,
     command: Vec<String>,
 }
 
@@ -51,12 +54,13 @@ impl Agent {
             bail!("no {}: run cargo xtask build", binary.display());
         }
         let mut command = options.netns.map_or_else(|| Command::new(&binary), |netns| netns.command(&binary));
-        command.arg("--socket").arg(socket(dir.path())).arg("--state-dir").arg(dir.path().join("state"));
+        let state_dir = options.state_dir.map_or_else(|| dir.path().join("state"), Path::to_owned);
+        command.arg("--socket").arg(socket(dir.path())).arg("--state-dir").arg(&state_dir);
         command.args(["--metrics", "off"]).args(options.args);
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         let command: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
         let process = spawn(&command, dir.path())?;
-        let mut agent = Self { process, dir, command };
+        let mut agent = Self { process, dir, state_dir, command };
         agent.wait_until_serving().await?;
         Ok(agent)
     }
@@ -84,7 +88,7 @@ impl Agent {
     /// Its state directory.
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
-        self.dir.path().join("state")
+        self.state_dir.clone()
     }
 
     /// Its process id.

@@ -8,6 +8,7 @@ mod bench;
 mod controller;
 mod lab;
 mod names;
+mod remote;
 mod talk;
 mod unified;
 mod victim;
@@ -17,6 +18,7 @@ pub use bench::{Bench, MS, SECOND, cidr, delay, figure, interface, partition, po
 pub use controller::Controller;
 pub use lab::Lab;
 pub use names::{Answer, NameServer, ask};
+pub use remote::{Certs, Dial, verify_audit};
 pub use squall_lab::{
     Cgroup, HostState, NetState, Netns, Ping, Running, Shop, ShopOptions, Stream, Wire, bin_dir, need_root,
     output, run, stdout, sweep, unique, wait_for,

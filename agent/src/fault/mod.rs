@@ -20,6 +20,7 @@ mod memory;
 mod network;
 mod registry;
 mod stressing;
+pub use network::keep_open;
 pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 
 /// One kind of fault.

@@ -12,7 +12,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     time::Duration,
 };
 
@@ -56,6 +56,14 @@ const REFRESH: Duration = Duration::from_secs(5);
 const QUEUE_BITS: f64 = 8.0 * 268_435_456.0;
 /// Ports of services on a node without which nobody can get in and take a fault back: SSH, the API server, the kubelet.
 const LIFELINES: [u16; 3] = [22, 6443, 10250];
+
+/// Where remote clients of this agent come in.
+static CONTROL: OnceLock<u16> = OnceLock::new();
+
+/// Keeps a TCP port of this agent out of every fault on its own network: whoever injects can also take back.
+pub fn keep_open(port: u16) {
+    let _only_once = CONTROL.set(port);
+}
 
 /// A network fault.
 #[derive(Debug, Clone, PartialEq)]
@@ -233,6 +241,17 @@ impl Fault for Network {
                 fix,
             ));
         }
+        if let (Some(asked), Some(named)) = (&self.interface, &target.interface)
+            && asked != named
+        {
+            let problem = format!("the target is the interface {named}");
+            return Err(Invalid::new(
+                "network.interface",
+                asked,
+                problem,
+                "leave it out, or choose another target",
+            ));
+        }
         let everything = |peer: &Peer| {
             let Peer { clause, hosts } = peer;
             (clause.cidrs.iter().any(Cidr::is_everything) || clause.cidrs.is_empty() && hosts.is_empty())
@@ -362,7 +381,7 @@ impl Network {
 
     /// What is spared on a node's own interfaces.
     fn lifelines(&self, node: bool) -> Vec<Clause> {
-        if !node || self.asked.unprotected {
+        if !node {
             return Vec::new();
         }
         let lifeline = Clause {
@@ -372,11 +391,18 @@ impl Network {
             protocol: Some(Protocol::Tcp),
             ..Clause::default()
         };
+        let control = CONTROL
+            .get()
+            .map(|&port| Clause { local_ports: vec![Ports { first: port, last: port }], ..lifeline.clone() });
+        if self.asked.unprotected {
+            return control.into_iter().collect();
+        }
         let ports: Vec<Ports> = LIFELINES.iter().map(|&port| Ports { first: port, last: port }).collect();
         let mut all = vec![
             Clause { local_ports: ports.clone(), ..lifeline.clone() },
             Clause { peer_ports: ports[1..].to_vec(), ..lifeline.clone() },
         ];
+        all.extend(control);
         // As every pod is told.
         let var = |name: &str| env::var(name).ok();
         if let (Some(host), Some(port)) = (var("KUBERNETES_SERVICE_HOST"), var("KUBERNETES_SERVICE_PORT"))
