@@ -1,6 +1,7 @@
 //! `squall-agent`: build, run, drain. No logic.
 
 mod cost;
+mod crash;
 mod engine;
 mod fault;
 mod frame;
@@ -62,6 +63,9 @@ enum Command {
     Stress(stress::Args),
     /// Measure what a packet pays that no fault is about, in a network namespace of its own, and exit. Needs root.
     Cost(cost::Args),
+    /// Print the points at which a test can kill this agent.
+    #[cfg(feature = "crash-points")]
+    CrashPoints,
 }
 
 #[derive(Debug, clap::Args)]
@@ -116,13 +120,18 @@ fn main() -> ExitCode {
     if let Some(Command::Stress(args)) = cli.command {
         return stress::main(&args);
     }
+    #[cfg(feature = "crash-points")]
+    if let Some(Command::CrashPoints) = cli.command {
+        println!("{}", crash::POINTS.join("\n"));
+        return ExitCode::SUCCESS;
+    }
     start_log(cli.run.log);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let done = runtime.context("start the runtime").and_then(|runtime| match cli.command {
         Some(Command::Cost(args)) => {
             runtime.block_on(async { tokio::task::block_in_place(|| cost::main(&args)) })
         }
-        Some(Command::Stress(_)) | None => runtime.block_on(run(cli.run)),
+        _ => runtime.block_on(run(cli.run)),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

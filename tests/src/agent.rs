@@ -32,6 +32,8 @@ pub struct AgentOptions<'a> {
     pub netns: Option<&'a Netns>,
     /// More arguments.
     pub args: &'a [&'a str],
+    /// The directory by which a test says where this agent is killed or fails (agent/src/crash.rs).
+    pub crash: Option<&'a Path>,
 }
 
 /// A running agent. It is killed when this is dropped, and what it kept in its state directory is gone.
@@ -39,22 +41,22 @@ pub struct AgentOptions<'a> {
 pub struct Agent {
     process: Running,
     dir: TempDir,
-    command: Vec<String>,
+    command: Command,
 }
 
 impl Agent {
     /// Starts an agent, and waits until it serves.
     pub async fn start(options: AgentOptions<'_>) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix(&format!("{}-", unique("agent"))).tempdir()?;
-        let binary = bin_dir().join("squall-agent");
+        let binary =
+            bin_dir().join(if options.crash.is_some() { "squall-agent-crash" } else { "squall-agent" });
         if !binary.exists() {
             bail!("no {}: run cargo xtask build", binary.display());
         }
         let mut command = options.netns.map_or_else(|| Command::new(&binary), |netns| netns.command(&binary));
+        command.envs(options.crash.map(|dir| ("SQUALL_CRASH", dir)));
         command.arg("--socket").arg(socket(dir.path())).arg("--state-dir").arg(dir.path().join("state"));
         command.args(["--metrics", "off"]).args(options.args);
-        let words = std::iter::once(command.get_program()).chain(command.get_args());
-        let command: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
         let process = spawn(&command, dir.path())?;
         let mut agent = Self { process, dir, command };
         agent.wait_until_serving().await?;
@@ -68,6 +70,21 @@ impl Agent {
         }
         self.process = spawn(&self.command, self.dir.path())?;
         self.wait_until_serving().await
+    }
+
+    /// Starts it again and waits for its end; how it ended, or `None` where it came to serve.
+    pub async fn restart_to_die(&mut self) -> Result<Option<ExitStatus>> {
+        self.process = spawn(&self.command, self.dir.path())?;
+        match self.wait_until_serving().await {
+            Ok(()) => Ok(None),
+            Err(error) => self.process.ended()?.map(Some).ok_or(error),
+        }
+    }
+
+    /// Waits until it ends, at most so long; whether it did.
+    pub fn dies_within(&mut self, most: Duration) -> Result<bool> {
+        let status = self.process.wait(most).ok();
+        Ok(status.is_some_and(|status| Running::was(status, Signal::SIGKILL)))
     }
 
     /// A client of its API.
@@ -156,14 +173,11 @@ fn log(dir: &Path) -> PathBuf {
     dir.join("agent.log")
 }
 
-fn spawn(command: &[String], dir: &Path) -> Result<Running> {
-    let (program, args) = command.split_first().context("an empty command")?;
+fn spawn(command: &Command, dir: &Path) -> Result<Running> {
     let out = File::options().create(true).append(true).open(log(dir))?;
-    let mut command = Command::new(program);
-    command.args(args);
     Running::start_with(
         "squall-agent",
-        &command,
+        command,
         Stdio::null(),
         Stdio::from(out.try_clone()?),
         Stdio::from(out),

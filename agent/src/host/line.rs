@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::tc::Netlink;
+use crate::crash;
 
 /// Packets a second for which a line has room. A packet may be a GSO packet of 64 KiB.
 pub const PACKETS_A_SECOND: u32 = 100_000;
@@ -41,6 +42,7 @@ impl Line {
     pub fn create(netlink: &mut Netlink, interface: u32, outside: bool, longest: Duration) -> Result<Self> {
         Self::remove(netlink, interface, outside)?;
         let names = names(interface, outside);
+        crash::step("line.veth")?;
         let line = Self { ends: netlink.add_veth([&names[0], &names[1]])? };
         if let Err(error) = line.resize(netlink, longest) {
             netlink.remove_link(line.ends[0])?;
@@ -51,7 +53,10 @@ impl Line {
 
     /// Makes room for packets that are held for so long. What is in the line stays.
     pub fn resize(self, netlink: &mut Netlink, longest: Duration) -> Result<()> {
-        self.ends.iter().try_for_each(|&end| netlink.set_root_fq(end, room(longest)))
+        self.ends.iter().try_for_each(|&end| {
+            crash::step("line.fq")?;
+            netlink.set_root_fq(end, room(longest))
+        })
     }
 
     /// Packets that are on their way.
@@ -68,6 +73,7 @@ impl Line {
         let names = names(interface, outside);
         // Both, should one have been moved away from the other.
         for found in netlink.interfaces()?.iter().filter(|i| names.contains(&i.name)) {
+            crash::step("line.remove")?;
             netlink.remove_link(found.index)?;
         }
         Ok(())

@@ -28,7 +28,7 @@ use super::{
     tap::{Desk, Device, Tap},
     tc::{Interface, Netlink},
 };
-use crate::{fault::Window, frame::Dns, time::BootTime};
+use crate::{crash, fault::Window, frame::Dns, time::BootTime};
 
 /// How long a port waits for packets on their way before it takes the way from them.
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
@@ -130,6 +130,7 @@ fn attach_tap(programs: &mut Programs, netlink: &mut Netlink, device: &Device, h
     if hook == Hook::Clsact {
         netlink.add_clsact(device.index())?;
     }
+    crash::step("port.tap.program")?;
     programs.attach(Program::TapOut, device.name(), hook)?;
     programs.attach(Program::TapIn, device.name(), hook)
 }
@@ -146,6 +147,7 @@ fn attach_line(
         if hook == Hook::Clsact {
             netlink.add_clsact(end)?;
         }
+        crash::step("port.line.program")?;
         programs.attach(Program::LineOut, name, hook)?;
         programs.attach(Program::LineIn, name, hook)?;
     }
@@ -489,6 +491,7 @@ impl Port {
         let link_header = interface
             .link_header
             .ok_or_else(|| anyhow!("{} has a link layer that is not supported", interface.name))?;
+        crash::step("port.open")?;
         let programs = Programs::get()?;
         let table = Arc::clone(programs.table());
         table.guard.store(u64::from(random() as u32 | 1));
@@ -525,6 +528,7 @@ impl Port {
             .position(|&used| !used)
             .ok_or_else(|| anyhow!("{} has {RULES} rules already", self.interface.name))?;
         self.prepare(&spec)?;
+        crash::step("port.write")?;
         let cells = &self.desk.table.rules[rule];
         cells.counters().into_iter().for_each(|counter| counter.store(0));
         cells.memory.clear();
@@ -542,6 +546,7 @@ impl Port {
             self.remove(rule)?;
             return Err(error);
         }
+        crash::point("port.written");
         Ok(rule)
     }
 
@@ -744,6 +749,7 @@ impl Port {
 
     /// Attaches what a rule needs, and sets up its detours.
     fn prepare(&mut self, spec: &Spec) -> Result<()> {
+        crash::step("port.prepare")?;
         self.longest = self.longest.max(spec.longest());
         let netns = Arc::clone(&self.netns);
         netns.run(|| {
@@ -751,6 +757,7 @@ impl Port {
             if spec.detours() && self.interface.loopback {
                 let missing = localnet::missing()?;
                 self.made_localnet = self.made_localnet.or(missing);
+                crash::step("port.localnet")?;
                 localnet::set(missing, true)?;
             }
             let owners = spec.clauses.iter().any(|clause| clause.ingress && clause.cgroups.is_some());
@@ -778,11 +785,14 @@ impl Port {
 
     fn attach(&mut self, netlink: &mut Netlink, hook: Direction) -> Result<()> {
         if self.support.hook == Hook::Clsact && !netlink.has_clsact(self.interface.index)? {
+            crash::step("port.clsact")?;
             netlink.add_clsact(self.interface.index)?;
             self.made_clsact = true;
         }
+        crash::step("port.attach")?;
         self.programs.attach(Program::Port(hook), &self.interface.name, self.support.hook)?;
         self.attached[hook as usize] = true;
+        crash::point("port.attached");
         Ok(())
     }
 
@@ -794,6 +804,7 @@ impl Port {
             return line.resize(netlink, self.longest);
         }
         let (index, outside) = (self.interface.index, self.outside);
+        crash::step("port.line")?;
         let line = Line::create(netlink, index, outside, self.longest)?;
         // From here on it is ours to remove.
         self.line = Some(line);
@@ -805,6 +816,7 @@ impl Port {
             table.open_until[lane].store(u64::MAX);
             table.lane[lane].store(u64::from(end));
         }
+        crash::point("port.lined");
         Ok(())
     }
 
@@ -837,6 +849,7 @@ impl Port {
     }
 
     fn device(&mut self, netlink: &mut Netlink, whole: bool) -> Result<Device> {
+        crash::step("port.tap")?;
         let device = Device::create(whole)?;
         attach_tap(&mut self.programs, netlink, &device, self.support.hook)?;
         device.up()?;
@@ -850,6 +863,7 @@ impl Port {
         hook: Direction,
         answers: Option<std::fs::File>,
     ) -> Result<()> {
+        crash::step("port.tap.queue")?;
         let index = lane.index(hook);
         let tap = device.start(index, Arc::clone(&self.desk), answers)?;
         self.programs.table().lane[index].store(u64::from(tap.index()));
@@ -876,24 +890,33 @@ impl Port {
         let name = interface.name.clone();
         netns
             .run(move || {
+                crash::step("port.close")?;
                 let mut netlink = Netlink::open()?;
                 // The queues send off what they hold, which takes the programs.
                 drop(taps);
                 if let Some(line) = line {
+                    crash::step("port.close.drain")?;
                     drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
                 }
                 // Links end here; filters are found by their names.
+                crash::point("port.close.programs");
                 drop(programs);
                 if support.hook == Hook::Clsact && attached.contains(&true) {
+                    crash::step("port.close.filters")?;
                     remove_filters(&interface.name)?;
                 }
                 if line.is_some() {
+                    crash::step("port.close.line")?;
                     Line::remove(&mut netlink, interface.index, outside)?;
                 }
                 if made_clsact {
+                    crash::step("port.close.clsact")?;
                     netlink.remove_empty_clsact(interface.index)?;
                 }
-                localnet::set(made_localnet, false)
+                crash::step("port.close.localnet")?;
+                localnet::set(made_localnet, false)?;
+                crash::point("port.closed");
+                Ok(())
             })
             .with_context(|| format!("taking our programs off {name}"))
     }
@@ -960,6 +983,8 @@ pub mod localnet {
     use anyhow::{Context, Result};
     use serde::{Deserialize, Serialize};
 
+    use crate::crash;
+
     const FILES: [&str; 2] =
         ["/proc/sys/net/ipv4/conf/lo/route_localnet", "/proc/sys/net/ipv4/conf/lo/accept_local"];
 
@@ -993,6 +1018,7 @@ pub mod localnet {
     /// Switches settings on, or off again.
     pub fn set(which: Changed, on: bool) -> Result<()> {
         for (file, _) in FILES.iter().zip(which.0).filter(|(_, changed)| *changed) {
+            crash::step("localnet.write")?;
             fs::write(file, if on { "1" } else { "0" }).with_context(|| format!("writing {file}"))?;
         }
         Ok(())

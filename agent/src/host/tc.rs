@@ -19,6 +19,8 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
+use crate::crash;
+
 /// An interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
@@ -90,6 +92,7 @@ impl Netlink {
             .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
         self.call(RouteNetlinkMessage::NewLink(link), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
             .with_context(|| format!("making the veth pair {} and {}", names[0], names[1]))?;
+        crash::point("line.made");
         let all = self.interfaces()?;
         let index = |name: &str| {
             let found = all.iter().find(|i| i.name == name);
@@ -116,6 +119,7 @@ impl Netlink {
         up.header.index = index;
         up.header.flags = LinkFlags::Up | LinkFlags::Noarp;
         up.header.change_mask = up.header.flags;
+        crash::step("line.up")?;
         self.call(RouteNetlinkMessage::SetLink(up), NLM_F_ACK)
             .with_context(|| format!("bringing interface {index} up"))?;
         Ok(())
