@@ -923,7 +923,7 @@ mod tests {
         let order = Order { lease: Duration::from_millis(300), ..bench.order("a", bench.fake()) };
         let first = bench.inject(order).await;
         for _ in 0..4 {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            sleep(Duration::from_millis(100)).await;
             assert!(bench.engine.renew(&["a".into()]).await.is_empty());
         }
         let renewed = bench.engine.list().remove(0);

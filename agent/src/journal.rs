@@ -58,8 +58,10 @@ pub struct Journal {
 pub struct Found {
     /// Readable records, the newest first.
     pub records: Vec<Record>,
-    /// Files that could not be read and were set aside, each with the reason.
+    /// Files that could not be read and are set aside, each with the reason.
     pub set_aside: Vec<(PathBuf, String)>,
+    /// Files that were never finished: the change they announced was never made.
+    pub unfinished: Vec<PathBuf>,
 }
 
 impl Journal {
@@ -89,27 +91,33 @@ impl Journal {
         Ok(Self { dir, _lock: lock })
     }
 
-    /// Reads every record, and sets aside what cannot be read.
+    /// Reads every record, sets aside what cannot be read, and removes what was never finished.
     pub fn read(&self) -> Result<Found> {
+        let found = self.look()?;
+        for path in &found.unfinished {
+            if let Err(e) = fs::remove_file(path) {
+                warn!(path = %path.display(), "an unfinished undo record cannot be removed: {e}");
+            }
+        }
+        for (path, _) in &found.set_aside {
+            if let Err(e) = fs::rename(path, path.with_extension("json.unreadable")) {
+                warn!(path = %path.display(), "an unreadable undo record cannot be renamed: {e}");
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads every record, and changes nothing.
+    pub fn look(&self) -> Result<Found> {
         let mut found = Found::default();
         let entries = fs::read_dir(&self.dir).with_context(|| format!("read {}", self.dir.display()))?;
         for entry in entries {
             let path = entry?.path();
             match path.extension().and_then(|e| e.to_str()) {
-                // Never finished, so the change it announced was never made.
-                Some("tmp") => {
-                    if let Err(e) = fs::remove_file(&path) {
-                        warn!(path = %path.display(), "an unfinished undo record cannot be removed: {e}");
-                    }
-                }
+                Some("tmp") => found.unfinished.push(path),
                 Some("json") => match read(&path) {
                     Ok(record) => found.records.push(record),
-                    Err(e) => {
-                        if let Err(e) = fs::rename(&path, path.with_extension("json.unreadable")) {
-                            warn!(path = %path.display(), "an unreadable undo record cannot be renamed: {e}");
-                        }
-                        found.set_aside.push((path, format!("{e:#}")));
-                    }
+                    Err(e) => found.set_aside.push((path, format!("{e:#}"))),
                 },
                 _ => {}
             }

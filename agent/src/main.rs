@@ -1,5 +1,6 @@
 //! `squall-agent`: build, run, drain. No logic.
 
+mod clean;
 mod cost;
 mod crash;
 mod engine;
@@ -63,6 +64,8 @@ enum Command {
     Stress(stress::Args),
     /// Measure what a packet pays that no fault is about, in a network namespace of its own, and exit. Needs root.
     Cost(cost::Args),
+    /// Take back what a dead agent left on this host, and exit. Refuses while an agent lives. Needs root.
+    Clean(clean::Args),
     /// Print the points at which a test can kill this agent.
     #[cfg(feature = "crash-points")]
     CrashPoints,
@@ -131,6 +134,7 @@ fn main() -> ExitCode {
         Some(Command::Cost(args)) => {
             runtime.block_on(async { tokio::task::block_in_place(|| cost::main(&args)) })
         }
+        Some(Command::Clean(args)) => runtime.block_on(clean::main(&args)),
         _ => runtime.block_on(run(cli.run)),
     });
     match done {

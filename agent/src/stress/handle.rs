@@ -46,6 +46,7 @@ impl Stressor {
             .arg0(proc::STRESSOR)
             .args(["stress", kind.name()])
             .arg(format!("{}{token}", proc::INJECTION_ARGUMENT))
+            .arg(format!("{}{}", proc::AGENT_ARGUMENT, std::process::id()))
             .args(cgroups.iter().flat_map(|dir| [Path::new("--cgroup"), dir.as_path()]))
             .env_clear()
             .current_dir("/")
@@ -163,6 +164,31 @@ pub async fn end_all(token: &str) -> Result<()> {
     }
 }
 
+/// Stressors whose agent is gone: pid and token. A frozen one has not noticed.
+pub fn orphans() -> Result<Vec<(i32, String)>> {
+    let orphan = |pid: i32| {
+        let arguments = proc::arguments(pid);
+        let token = proc::injection_of(&arguments)?.to_owned();
+        let agent = arguments.iter().find_map(|argument| argument.strip_prefix(proc::AGENT_ARGUMENT))?;
+        // Whoever loses its parent gets another.
+        let parent = proc::any_stat(pid)?.ppid;
+        (agent != parent.to_string()).then_some((pid, token))
+    };
+    Ok(proc::pids().context("list /proc")?.into_iter().filter_map(orphan).collect())
+}
+
+/// Kills a stressor, if it still is of this injection.
+pub fn end(pid: i32, token: &str) -> Result<bool> {
+    let Some(process) = proc::PidFd::open(pid).context("hold a stressor")? else { return Ok(false) };
+    // Held now: look again, so that it is not another process of the same pid.
+    let same = proc::injection_of(&proc::arguments(pid)) == Some(token);
+    if same {
+        crash::step("stressor.kill")?;
+        process.kill().with_context(|| format!("kill the stressor {pid}"))?;
+    }
+    Ok(same)
+}
+
 /// Kills the stressors of an injection. Returns those that are still there, and all stressors that are dying: one that
 /// is giving its memory back has no arguments any more that say whose it is.
 fn strays(token: &str) -> Result<Vec<i32>> {
@@ -176,12 +202,7 @@ fn strays(token: &str) -> Result<Vec<i32>> {
             });
             left.extend(dying.then_some(pid));
         } else if proc::injection_of(&arguments) == Some(token) {
-            let Some(process) = proc::PidFd::open(pid).context("hold a stressor")? else { continue };
-            // Held now: look again, so that it is not another process of the same pid.
-            if proc::injection_of(&proc::arguments(pid)) == Some(token) {
-                crash::step("stressor.kill")?;
-                process.kill().with_context(|| format!("kill the stressor {pid}"))?;
-            }
+            end(pid, token)?;
             left.push(pid);
         }
     }

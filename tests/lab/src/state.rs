@@ -125,7 +125,8 @@ impl HostState {
         compare("cgroup", &text(&self.cgroups), &text(&after.cgroups), &mut found);
         compare("cgroup setting", &self.settings, &after.settings, &mut found);
         compare("BPF object", &text(&self.pins), &text(&after.pins), &mut found);
-        compare("BPF orphan", &self.orphans, &after.orphans, &mut found);
+        // The kernel frees them a moment after their last process, so that any may have been there before.
+        found.extend(after.orphans.difference(&self.orphans).map(|orphan| format!("+ BPF orphan {orphan}")));
         compare("mount", &self.mounts, &after.mounts, &mut found);
         found
     }
