@@ -159,6 +159,12 @@ async fn run(args: Run) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("squall-agent needs root: it loads eBPF programs and enters namespaces and cgroups");
     }
+    if let Some(offset) = time::boot_offset().filter(|offset| *offset != "0 0") {
+        bail!(
+            "this time namespace shifts CLOCK_BOOTTIME by {offset} (s, ns), so leases would end at another time than in the \
+             kernel; run squall-agent outside of it"
+        );
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut stdin_closed = if args.exit_on_stdin_eof { stdin_closed() } else { mpsc::channel(1).1 };

@@ -259,9 +259,18 @@ impl World {
                 Ok(())
             }
             Step::LeasesEnd => {
-                let short = self.model.iter().flatten().filter(|live| live.lease == SHORT);
-                if let Some(last) = short.map(|live| live.gone).max() {
-                    thread::sleep(last.saturating_duration_since(Instant::now()));
+                for kind in 0..FAULTS {
+                    let Some(live) = self.model[kind].clone().filter(|live| live.lease == SHORT) else {
+                        continue;
+                    };
+                    thread::sleep(live.felt.saturating_duration_since(Instant::now()));
+                    // Settings stay until the next start where the agent is dead.
+                    if self.alive || kind != LOOPBACK {
+                        let most = live.gone.saturating_duration_since(Instant::now());
+                        wait_for("the lease to end", most, || Ok((!self.is_felt(kind)?).then_some(())))?;
+                        self.has_ended(&live.id)?;
+                        self.model[kind] = None;
+                    }
                 }
                 Ok(())
             }
