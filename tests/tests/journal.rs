@@ -151,8 +151,8 @@ fn agent_takes_back_from_a_read_only_disk_what_a_dead_one_left() -> Result<()> {
         tiny(&state)?;
         place.agent.restart().await?;
         ensure!(place.inject("first").await?.state() == State::Active);
-        make_read_only(&state, true)?;
         place.agent.kill()?;
+        make_read_only(&state, true)?;
         if place.before.changes(&place.lab.near.state()?).is_empty() {
             bail!("a dead agent left nothing, so this shows nothing");
         }
