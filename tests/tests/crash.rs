@@ -450,12 +450,14 @@ async fn points(agent: &Agent) -> Result<BTreeSet<String>> {
     let mechanisms = format!("{:?}", faults.into_inner().faults);
     let tcx = mechanisms.contains("TCX");
     let line = mechanisms.contains("sch_fq");
-    let needs_clsact = |name: &str| name.ends_with(".clsact") || name.ends_with(".filters");
+    let needs_clsact = |name: &str| {
+        let filters =
+            ["network.clsact", "network.filters", "port.clsact", "port.close.clsact", "port.close.filters"];
+        filters.contains(&name)
+    };
     let needs_line = |name: &str| {
-        name.starts_with("port.line")
-            || name.ends_with(".line")
-            || name.ends_with(".drain")
-            || name == "line.remove"
+        let more = ["network.line", "port.close.line", "port.close.drain", "line.remove"];
+        name.starts_with("port.line") || more.contains(&name)
     };
     let possible = |name: &&str| {
         // A stressor dies with its agent; that one which does not is killed is shown in tests/clean.rs.

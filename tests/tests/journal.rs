@@ -117,7 +117,7 @@ fn full_disk_refuses_injections_and_takes_reverts() -> Result<()> {
         tiny(&journal)?;
         ensure!(place.inject("first").await?.state() == State::Active);
         let filler = journal.join("filler");
-        let full = fs::write(&filler, [0; 64 << 10]).err().context("the disk is not full")?;
+        let full = fs::write(&filler, vec![0; 64 << 10]).err().context("the disk is not full")?;
         ensure!(full.kind() == std::io::ErrorKind::StorageFull, "{full}");
         place.is_refused("second", "No space left on device").await?;
         place.revert("first").await?;

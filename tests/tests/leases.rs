@@ -11,18 +11,16 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use squall_proto::v1::{
-    ArmRequest, CpuFault, Direction, Fault, MemoryFault, State, Target, fault, memory_fault,
-};
-use squall_tests::{
-    Agent, AgentOptions, Lab, Sockets, Victim, bin_dir, interface, need_root, partition, process, wait_for,
-};
+use squall_proto::v1::{ArmRequest, Direction, Fault, State, Target, fault};
+use squall_tests::{Agent, AgentOptions, Lab, Sockets, bin_dir, interface, need_root, partition, wait_for};
 
-const LEASE: Duration = Duration::from_secs(3);
+const LEASE: Duration = Duration::from_secs(6);
 /// How late a lease may end: timers, and a VM without KVM.
 const SLACK: Duration = Duration::from_secs(3);
 
-async fn inject(agent: &Agent, target: Target, kind: fault::Kind) -> Result<Instant> {
+/// Injects; from when to when its lease may end.
+async fn inject(agent: &Agent, target: Target, kind: fault::Kind) -> Result<[Instant; 2]> {
+    let sent = Instant::now();
     let request = ArmRequest {
         id: "lease".into(),
         target: Some(target),
@@ -33,20 +31,20 @@ async fn inject(agent: &Agent, target: Target, kind: fault::Kind) -> Result<Inst
     };
     let made = agent.client().await?.inject(request).await?.into_inner().injections;
     ensure!(made.len() == 1 && made[0].state() == State::Active, "{made:?}");
-    Ok(Instant::now() + LEASE)
+    Ok([sent + LEASE, Instant::now() + LEASE])
 }
 
 /// With an agent that stands still, something else must end the fault: the kernel, or the stressor.
-async fn ends_without_the_agent(
+fn ends_without_the_agent(
     agent: &mut Agent,
-    ends: Instant,
+    ends: [Instant; 2],
     is_felt: impl Fn() -> Result<bool>,
 ) -> Result<()> {
     let pid = Pid::from_raw(agent.pid().cast_signed());
     kill(pid, Signal::SIGSTOP)?;
     let observed = (|| {
-        ensure!(is_felt()? || Instant::now() > ends, "it is not felt");
-        thread::sleep(ends.saturating_duration_since(Instant::now()));
+        ensure!(is_felt()? || Instant::now() > ends[0], "it is not felt");
+        thread::sleep(ends[1].saturating_duration_since(Instant::now()));
         wait_for("the lease to end the fault", SLACK, || Ok((!is_felt()?).then_some(())))
     })();
     kill(pid, Signal::SIGCONT)?;
@@ -62,7 +60,7 @@ async fn lease_ends_a_partition_of_an_agent_that_stands_still() -> Result<()> {
     let fault = fault::Kind::Network(partition(Direction::Both, vec![]));
     let ends = inject(&agent, interface("near0", lab.near.name()), fault).await?;
     let is_felt = || Ok(lab.near.ping_with("-c 1 -W 1 10.99.0.2")?.0.is_empty());
-    ends_without_the_agent(&mut agent, ends, is_felt).await
+    ends_without_the_agent(&mut agent, ends, is_felt)
 }
 
 /// The kernel's deadlines run on its own CLOCK_BOOTTIME, which a time namespace does not shift.

@@ -419,7 +419,7 @@ fn whatever_happens_the_host_is_what_the_model_says() -> Result<()> {
         Ok(seed) => seed.parse().context("SQUALL_SEED is a number")?,
         Err(_) => {
             u64::from(std::process::id()) << 32
-                | Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).subsec_nanos() as u64
+                | u64::from(Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).subsec_nanos())
         }
     };
     println!("sequences: SQUALL_SEED={seed}");
