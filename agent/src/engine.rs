@@ -19,11 +19,12 @@ use squall_proto::v1::{self, State};
 use thiserror::Error;
 use tokio::{
     sync::{Notify, broadcast, mpsc, oneshot, watch},
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{error, info, warn};
 
 use crate::{
+    crash,
     fault::{AnyFault, AnyHeld, Kind, Planned, Window},
     journal::{Journal, Record, boot_id, is_id},
     limits::{Invalid, Limits},
@@ -150,7 +151,9 @@ impl Engine {
             let id = record.id.clone();
             if record.boot_id != self.0.boot_id {
                 info!(id, "made before a reboot, which undid it");
-                self.0.journal.remove(&id)?;
+                if let Err(e) = self.0.journal.remove(&id) {
+                    warn!(id, "{e:#}");
+                }
                 continue;
             }
             let Some(kind) = kinds.iter().find(|k| k.name == record.kind) else {
@@ -162,6 +165,7 @@ impl Engine {
                 continue;
             };
             info!(id, kind = kind.name, target = %record.target, "taking back what an earlier agent left");
+            crash::point("engine.replay");
             let core = Core::left_over(Arc::clone(&self.0), *kind, record);
             let (commands, _) = mpsc::channel(1);
             self.0.insert(id, Entry { core: Arc::clone(&core), order: None, commands });
@@ -466,8 +470,9 @@ impl Core {
     }
 
     /// Takes it back. Where that fails it is stuck, and this says false.
-    async fn try_revert(&self, why: &str) -> bool {
+    async fn try_revert(self: &Arc<Self>, why: &str) -> bool {
         let started = Instant::now();
+        crash::point("engine.revert");
         let reverted = AssertUnwindSafe(self.kind.revert(self.undo.clone())).catch_unwind().await;
         let reverted = reverted.unwrap_or_else(|_| Err(anyhow::anyhow!("the revert panicked")));
         METRICS.revert(self.kind.name, started.elapsed(), reverted.is_ok());
@@ -480,16 +485,19 @@ impl Core {
             });
             return false;
         }
-        // Reverted is reverted: a record that cannot be removed is replayed once more at the next start.
+        crash::point("engine.reverted");
+        // Reverted is reverted: a record that cannot be removed is tried again, or replayed at the next start.
         if let Err(e) = self.shared.journal.remove(&self.id()) {
-            error!(id = self.id(), error = format!("{e:#}"), "reverted, but its undo record stays");
+            error!(id = self.id(), error = format!("{e:#}"), "reverted, but its undo record stays for now");
+            tokio::spawn(Arc::clone(self).forget());
         }
+        crash::point("engine.removed");
         self.end(State::Reverted, why);
         true
     }
 
     /// Tries again, with growing pauses, until it is taken back.
-    async fn retry_revert(&self, why: &str) {
+    async fn retry_revert(self: &Arc<Self>, why: &str) {
         let mut pause = FIRST_PAUSE;
         loop {
             let _time_or_asked = timeout(pause, self.retry.notified()).await;
@@ -500,7 +508,19 @@ impl Core {
         }
     }
 
-    async fn take_back(&self, why: &str) {
+    /// Tries, with growing pauses, to remove the record of what is reverted.
+    async fn forget(self: Arc<Self>) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            sleep(pause).await;
+            if self.shared.journal.remove(&self.id()).is_ok() {
+                return;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn take_back(self: &Arc<Self>, why: &str) {
         if !self.try_revert(why).await {
             self.retry_revert(why).await;
         }
@@ -532,8 +552,10 @@ impl Task {
         }
         let Some(mut held) = self.inject().await else { return };
         let why = self.hold(&mut held).await;
+        crash::point("engine.end");
         self.measure(&mut held).await;
         drop(held);
+        crash::point("engine.dropped");
         self.core.take_back(why).await;
     }
 
@@ -571,17 +593,20 @@ impl Task {
             created: BootTime::now(),
             boot_id: core.shared.boot_id.clone(),
         };
+        crash::point("engine.fire");
         let shared = Arc::clone(&core.shared);
         let written = tokio::task::spawn_blocking(move || shared.journal.write(&record)).await;
         if let Err(e) = written.context("write the journal").flatten() {
             core.end(State::Failed, &format!("{e:#}"));
             return None;
         }
+        crash::point("engine.journaled");
         let now = BootTime::now();
         let (deadline, lease_ends) = (now + self.duration, now + self.lease);
         let window = Window { not_before: now, until: deadline.min(lease_ends) };
         match self.fault.inject(&core.target, &core.undo, window).await {
             Ok(held) => {
+                crash::point("engine.injected");
                 info!(id = core.id(), kind = core.kind.name, target = %core.target, summary = self.fault.summary(), "injected");
                 core.set(|i| {
                     i.state = State::Active.into();
@@ -621,7 +646,9 @@ impl Task {
                         let _gone = reply.send(renewed);
                     }
                     Some(Command::Update(fault, reply)) => {
+                        crash::point("engine.update");
                         let updated = held.update(&fault).await;
+                        crash::point("engine.updated");
                         if updated.is_ok() {
                             self.core.set(|i| i.summary = fault.summary());
                             self.fault = fault;
@@ -646,12 +673,14 @@ impl Task {
     }
 
     async fn renew(&self, held: &mut AnyHeld, deadline: BootTime) -> bool {
+        crash::point("engine.renew");
         let lease_ends = BootTime::now() + self.lease;
         if let Err(e) = held.extend(lease_ends.min(deadline)).await {
             warn!(id = self.core.id(), error = format!("{e:#}"), "a lease could not be renewed");
             return false;
         }
         self.core.status.send_modify(|s| s.injection.lease_ends_boot_ns = lease_ends.0);
+        crash::point("engine.renewed");
         true
     }
 
@@ -901,7 +930,7 @@ mod tests {
         let order = Order { lease: Duration::from_millis(300), ..bench.order("a", bench.fake()) };
         let first = bench.inject(order).await;
         for _ in 0..4 {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            sleep(Duration::from_millis(100)).await;
             assert!(bench.engine.renew(&["a".into()]).await.is_empty());
         }
         let renewed = bench.engine.list().remove(0);

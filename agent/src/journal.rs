@@ -15,8 +15,9 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use tracing::warn;
 
-use crate::{target::Target, time::BootTime};
+use crate::{crash, target::Target, time::BootTime};
 
 /// Version of the record's form. A record of another version is set aside.
 const FORMAT: u32 = 1;
@@ -57,8 +58,10 @@ pub struct Journal {
 pub struct Found {
     /// Readable records, the newest first.
     pub records: Vec<Record>,
-    /// Files that could not be read and were set aside, each with the reason.
+    /// Files that could not be read and are set aside, each with the reason.
     pub set_aside: Vec<(PathBuf, String)>,
+    /// Files that were never finished: the change they announced was never made.
+    pub unfinished: Vec<PathBuf>,
 }
 
 impl Journal {
@@ -75,13 +78,10 @@ impl Journal {
             .create(&dir)
             .with_context(|| format!("make the journal {}", dir.display()))?;
         let path = state_dir.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| format!("open {}", path.display()))?;
+        let made = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
+        // What an earlier agent left can also be undone from a disk that takes nothing any more.
+        let lock = made.or_else(|e| File::open(&path).map_err(|_| e));
+        let lock = lock.with_context(|| format!("open {}", path.display()))?;
         let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
             bail!(
                 "another squall-agent holds {}: talk to that one, or stop it first, or give --state-dir",
@@ -91,21 +91,33 @@ impl Journal {
         Ok(Self { dir, _lock: lock })
     }
 
-    /// Reads every record, and sets aside what cannot be read.
+    /// Reads every record, sets aside what cannot be read, and removes what was never finished.
     pub fn read(&self) -> Result<Found> {
+        let found = self.look()?;
+        for path in &found.unfinished {
+            if let Err(e) = fs::remove_file(path) {
+                warn!(path = %path.display(), "an unfinished undo record cannot be removed: {e}");
+            }
+        }
+        for (path, _) in &found.set_aside {
+            if let Err(e) = fs::rename(path, path.with_extension("json.unreadable")) {
+                warn!(path = %path.display(), "an unreadable undo record cannot be renamed: {e}");
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads every record, and changes nothing.
+    pub fn look(&self) -> Result<Found> {
         let mut found = Found::default();
         let entries = fs::read_dir(&self.dir).with_context(|| format!("read {}", self.dir.display()))?;
         for entry in entries {
             let path = entry?.path();
             match path.extension().and_then(|e| e.to_str()) {
-                // Never finished, so the change it announced was never made.
-                Some("tmp") => fs::remove_file(&path)?,
+                Some("tmp") => found.unfinished.push(path),
                 Some("json") => match read(&path) {
                     Ok(record) => found.records.push(record),
-                    Err(e) => {
-                        fs::rename(&path, path.with_extension("json.unreadable"))?;
-                        found.set_aside.push((path, format!("{e:#}")));
-                    }
+                    Err(e) => found.set_aside.push((path, format!("{e:#}"))),
                 },
                 _ => {}
             }
@@ -114,27 +126,40 @@ impl Journal {
         Ok(found)
     }
 
-    /// Writes a record; on disk when this returns.
+    /// Writes a record; on disk when this returns. Where it fails, nothing of it is left.
     pub fn write(&self, record: &Record) -> Result<()> {
         let path = self.path(&record.id)?;
+        let temporary = path.with_extension("tmp");
         let inner = serde_json::to_string(record)?;
         let envelope = Envelope { format: FORMAT, sha256: digest(&inner), record: inner };
         let attempt = || -> io::Result<()> {
-            let temporary = path.with_extension("tmp");
+            crash::step("journal.create")?;
             let mut file =
                 File::options().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
+            crash::step("journal.write")?;
             file.write_all(&serde_json::to_vec(&envelope)?)?;
+            crash::step("journal.sync")?;
             file.sync_all()?;
+            crash::step("journal.rename")?;
             fs::rename(&temporary, &path)?;
-            File::open(&self.dir)?.sync_all()
+            crash::step("journal.sync_dir")?;
+            File::open(&self.dir)?.sync_all()?;
+            crash::point("journal.written");
+            Ok(())
         };
-        attempt().with_context(|| format!("write the undo record {}; nothing was injected", path.display()))
+        attempt()
+            .inspect_err(|_| {
+                for file in [&temporary, &path] {
+                    let _not_there = fs::remove_file(file);
+                }
+            })
+            .with_context(|| format!("write the undo record {}; nothing was injected", path.display()))
     }
 
     /// Removes a record. One that is not there is a success.
     pub fn remove(&self, id: &str) -> Result<()> {
         let path = self.path(id)?;
-        match fs::remove_file(&path) {
+        match crash::step("journal.remove").and_then(|()| fs::remove_file(&path)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 Err(e).with_context(|| format!("remove the undo record {}", path.display()))
             }

@@ -1,7 +1,9 @@
 //! `squall-agent`: build, run, drain. No logic.
 
 mod access;
+mod clean;
 mod cost;
+mod crash;
 mod engine;
 mod fault;
 mod frame;
@@ -83,6 +85,11 @@ enum Command {
     Cost(cost::Args),
     /// Look into the audit log of an agent
     Audit(audit::Args),
+    /// Take back what a dead agent left on this host, and exit. Refuses while an agent lives. Needs root.
+    Clean(clean::Args),
+    /// Print the points at which a test can kill this agent.
+    #[cfg(feature = "crash-points")]
+    CrashPoints,
 }
 
 #[derive(Debug, clap::Args)]
@@ -139,6 +146,11 @@ fn main() -> ExitCode {
     if let Some(Command::Stress(args)) = cli.command {
         return stress::main(&args);
     }
+    #[cfg(feature = "crash-points")]
+    if let Some(Command::CrashPoints) = cli.command {
+        println!("{}", crash::POINTS.join("\n"));
+        return ExitCode::SUCCESS;
+    }
     start_log(cli.run.log);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let done = runtime.context("start the runtime").and_then(|runtime| match cli.command {
@@ -146,7 +158,8 @@ fn main() -> ExitCode {
             runtime.block_on(async { tokio::task::block_in_place(|| cost::main(&args)) })
         }
         Some(Command::Audit(args)) => audit::main(&args),
-        Some(Command::Stress(_)) | None => runtime.block_on(run(cli.run)),
+        Some(Command::Clean(args)) => runtime.block_on(clean::main(&args)),
+        _ => runtime.block_on(run(cli.run)),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -169,6 +182,12 @@ fn start_log(format: LogFormat) {
 async fn run(args: Run) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         bail!("squall-agent needs root: it loads eBPF programs and enters namespaces and cgroups");
+    }
+    if let Some(offset) = time::boot_offset().filter(|offset| *offset != "0 0") {
+        bail!(
+            "this time namespace shifts CLOCK_BOOTTIME by {offset} (s, ns), so leases would end at another time than in the \
+             kernel; run squall-agent outside of it"
+        );
     }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

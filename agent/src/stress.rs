@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     child::main,
-    handle::{Stressor, end_all},
+    handle::{Stressor, end, end_all, orphans},
 };
 use crate::{host::cgroup::Memory, time::BootTime};
 
@@ -35,6 +35,9 @@ pub struct Args {
     /// Token of its injection, by which strays are found
     #[arg(long)]
     injection: String,
+    /// Pid of its agent: one with another parent has lost it
+    #[arg(long)]
+    agent: Option<i32>,
     /// Directories of the cgroups to move into
     #[arg(long)]
     cgroup: Vec<PathBuf>,

@@ -1,6 +1,6 @@
 //! The one clock that leases and deadlines run on.
 
-use std::{fmt, ops::Add, time::Duration};
+use std::{fmt, fs, ops::Add, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,14 @@ impl BootTime {
     pub fn remaining(self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(Self::now().0))
     }
+}
+
+/// By how much this time namespace shifts CLOCK_BOOTTIME: seconds and nanoseconds [time_namespaces(7)]. The clock that eBPF
+/// programs read is never shifted. `None` on kernels without time namespaces.
+pub fn boot_offset() -> Option<String> {
+    let offsets = fs::read_to_string("/proc/self/timens_offsets").ok()?;
+    let words = offsets.lines().find_map(|line| line.strip_prefix("boottime"))?.split_whitespace();
+    Some(words.collect::<Vec<_>>().join(" "))
 }
 
 impl Add<Duration> for BootTime {

@@ -34,6 +34,8 @@ pub struct AgentOptions<'a> {
     pub args: &'a [&'a str],
     /// Its state directory; one of its own, where none is given.
     pub state_dir: Option<&'a Path>,
+    /// The directory by which a test says where this agent is killed or fails (agent/src/crash.rs).
+    pub crash: Option<&'a Path>,
 }
 
 /// A running agent. It is killed when this is dropped, and what it kept in its state directory is gone.
@@ -42,23 +44,23 @@ pub struct Agent {
     process: Running,
     dir: TempDir,
     state_dir: PathBuf,
-    command: Vec<String>,
+    command: Command,
 }
 
 impl Agent {
     /// Starts an agent, and waits until it serves.
     pub async fn start(options: AgentOptions<'_>) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix(&format!("{}-", unique("agent"))).tempdir()?;
-        let binary = bin_dir().join("squall-agent");
+        let binary =
+            bin_dir().join(if options.crash.is_some() { "squall-agent-crash" } else { "squall-agent" });
         if !binary.exists() {
             bail!("no {}: run cargo xtask build", binary.display());
         }
         let mut command = options.netns.map_or_else(|| Command::new(&binary), |netns| netns.command(&binary));
+        command.envs(options.crash.map(|dir| ("SQUALL_CRASH", dir)));
         let state_dir = options.state_dir.map_or_else(|| dir.path().join("state"), Path::to_owned);
         command.arg("--socket").arg(socket(dir.path())).arg("--state-dir").arg(&state_dir);
         command.args(["--metrics", "off"]).args(options.args);
-        let words = std::iter::once(command.get_program()).chain(command.get_args());
-        let command: Vec<String> = words.map(|word| word.to_string_lossy().into_owned()).collect();
         let process = spawn(&command, dir.path())?;
         let mut agent = Self { process, dir, state_dir, command };
         agent.wait_until_serving().await?;
@@ -72,6 +74,21 @@ impl Agent {
         }
         self.process = spawn(&self.command, self.dir.path())?;
         self.wait_until_serving().await
+    }
+
+    /// Starts it again and waits for its end; how it ended, or `None` where it came to serve.
+    pub async fn restart_to_die(&mut self) -> Result<Option<ExitStatus>> {
+        self.process = spawn(&self.command, self.dir.path())?;
+        match self.wait_until_serving().await {
+            Ok(()) => Ok(None),
+            Err(error) => self.process.ended()?.map(Some).ok_or(error),
+        }
+    }
+
+    /// Waits until it ends, at most so long; whether it did.
+    pub fn dies_within(&mut self, most: Duration) -> Result<bool> {
+        let status = self.process.wait(most).ok();
+        Ok(status.is_some_and(|status| Running::was(status, Signal::SIGKILL)))
     }
 
     /// A client of its API.
@@ -160,14 +177,11 @@ fn log(dir: &Path) -> PathBuf {
     dir.join("agent.log")
 }
 
-fn spawn(command: &[String], dir: &Path) -> Result<Running> {
-    let (program, args) = command.split_first().context("an empty command")?;
+fn spawn(command: &Command, dir: &Path) -> Result<Running> {
     let out = File::options().create(true).append(true).open(log(dir))?;
-    let mut command = Command::new(program);
-    command.args(args);
     Running::start_with(
         "squall-agent",
-        &command,
+        command,
         Stdio::null(),
         Stdio::from(out.try_clone()?),
         Stdio::from(out),

@@ -33,6 +33,11 @@ impl Victim {
         self.process.pid()
     }
 
+    /// SIGKILL. Its cgroup stays.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill().map(drop)
+    }
+
     /// Whether its cgroup has no process but this one.
     pub fn is_alone(&self) -> Result<bool> {
         Ok(self.cgroup.processes()? == [self.pid().cast_signed()])

@@ -38,7 +38,7 @@ const EBPF_RUST: Need =
     Need { name: "Rust for eBPF", what: What::EbpfRust, packages: &["rustc-web", "rust-web-src"] };
 const LINKER: Need = Need { name: "bpf-linker", what: What::BpfLinker, packages: &[] };
 const IPROUTE: Need = Need::package(&["iproute2"], &["ip", "tc"]);
-const UTIL_LINUX: Need = Need::package(&["util-linux"], &["nsenter", "setpriv"]);
+const UTIL_LINUX: Need = Need::package(&["util-linux"], &["nsenter", "setpriv", "unshare"]);
 /// Not redis-server: that package starts a service. redis-check-rdb is the same program under another name.
 const REDIS: Need = Need::package(&["redis-tools"], &["redis-check-rdb"]);
 const PING: Need = Need::package(&["iputils-ping"], &["ping"]);

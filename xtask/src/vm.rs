@@ -1,7 +1,7 @@
 //! The privileged tests on other kernels, in QEMU without KVM (which hangs where the host is itself nested).
 
 use std::{
-    fs,
+    env, fs,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
@@ -47,7 +47,9 @@ const MODULES: [&str; 20] = [
     "tcp_bbr",
 ];
 /// Programs that the tests call.
-const TOOLS: [&str; 8] = ["sh", "ip", "tc", "ping", "iperf3", "nsenter", "setpriv", "sleep"];
+const TOOLS: [&str; 9] = ["sh", "ip", "tc", "ping", "iperf3", "nsenter", "setpriv", "sleep", "unshare"];
+/// What a test may be told by its environment.
+const FROM_HERE: [&str; 2] = ["SQUALL_SWEEP", "SQUALL_SEED"];
 /// What a kernel that gave up says.
 const PANIC: &str = "Kernel panic - not syncing";
 
@@ -169,6 +171,9 @@ fn watch(qemu: &Command, most: Duration, mut each: impl FnMut(&str)) -> Result<b
 fn initramfs(kernel: &Kernel, binaries: &Path, job: &Job) -> Result<Initramfs> {
     let mut initramfs = Initramfs::default();
     let mut lines: Vec<String> = ["env PATH=/bin", "env SQUALL_BIN_DIR=/squall"].map(Into::into).into();
+    for name in FROM_HERE {
+        lines.extend(env::var(name).map(|value| format!("env {name}={value}")));
+    }
     for (name, module) in kernel.modules(&MODULES)? {
         let path = format!("/modules/{name}.ko");
         lines.push(format!("module {path}"));

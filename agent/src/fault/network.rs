@@ -35,6 +35,7 @@ use tokio::{
 use self::words::{effect, holder_name, hook_name};
 use super::{Fault, Planned, Window};
 use crate::{
+    crash,
     frame::Dns,
     host::{
         bpf::{Hook, remove_filters},
@@ -316,11 +317,15 @@ impl Fault for Network {
                 live.seed = wanted.action.seed;
             }
             live.fault = wanted;
-            live.apply()
+            crash::step("network.update")?;
+            live.apply()?;
+            crash::point("network.updated");
+            Ok(())
         })
     }
 
     async fn extend(held: &mut Held, until: BootTime) -> Result<()> {
+        crash::step("network.extend")?;
         lock(&held.live).rules.iter().for_each(|rule| rule.extend(until));
         Ok(())
     }
@@ -577,6 +582,7 @@ impl Network {
         support: &Support,
     ) -> Result<Injected> {
         let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
+        crash::step("network.inject")?;
         let inner = Arc::new(Netns::open(netns)?);
         let resolver = Resolver::new(Arc::clone(&inner), Files::of(target));
         let names = self.resolve(&resolver)?;
@@ -596,7 +602,9 @@ impl Network {
                 .find(|interface| interface.index == planned.index && interface.name == planned.name)
                 .ok_or_else(|| anyhow!("{} is gone since the injection was planned", planned.name))?;
             let spec = self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), node);
+            crash::step("network.rule")?;
             live.rules.push(Owned::add(support, &place, interface, planned.outside, spec, window)?);
+            crash::point("network.ruled");
         }
         Ok(Injected { live, netns: inner, rtt, resolver })
     }
@@ -796,6 +804,7 @@ fn median_rtt(netns: &Netns, clauses: &[Clause]) -> Option<Duration> {
 }
 
 fn revert(undo: &Undo) -> Result<()> {
+    crash::step("network.revert")?;
     let mut left = Vec::new();
     for interface in &undo.interfaces {
         // A port that other injections still use keeps what it needs; the last of them takes it away.
@@ -820,14 +829,18 @@ fn revert(undo: &Undo) -> Result<()> {
 /// Takes back what is left of a port. The line beside an interface is there even when the interface is not.
 fn clean(netlink: &mut Netlink, interface: &UndoInterface, there: bool) -> Result<()> {
     if there && interface.remains.filters && netlink.has_clsact(interface.index)? {
+        crash::step("network.filters")?;
         remove_filters(&interface.name)?;
     }
     if there && interface.remains.clsact {
+        crash::step("network.clsact")?;
         netlink.remove_empty_clsact(interface.index)?;
     }
     if interface.remains.line {
+        crash::step("network.line")?;
         Line::remove(netlink, interface.index, interface.outside)?;
     }
+    crash::step("network.localnet")?;
     localnet::set(interface.remains.localnet, false)
 }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::tc::Netlink;
+use super::{proc, tc::Netlink};
+use crate::crash;
 
 /// Packets a second for which a line has room. A packet may be a GSO packet of 64 KiB.
 pub const PACKETS_A_SECOND: u32 = 100_000;
@@ -20,6 +21,9 @@ const ROOM: std::ops::RangeInclusive<u32> = 10_000..=400_000;
 pub fn room(longest: Duration) -> u32 {
     ((longest.as_secs_f64() * f64::from(PACKETS_A_SECOND)) as u32).clamp(*ROOM.start(), *ROOM.end())
 }
+
+/// Begins the alias of an end of a line.
+const MARK: &str = "squall-agent ";
 
 /// The line of one interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,12 +40,37 @@ pub fn names(interface: u32, outside: bool) -> [String; 2] {
     ends.map(|end| format!("squall{interface:x}{end}"))
 }
 
+/// Whether an interface of this name is the end of a line.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
+    name.strip_prefix("squall")
+        .and_then(|rest| rest.strip_suffix(['a', 'b', 'c', 'd']))
+        .is_some_and(|index| u32::from_str_radix(index, 16).is_ok())
+}
+
+/// What the ends of our lines say about whose they are: `squall-agent PID START`.
+fn mark() -> String {
+    let pid = std::process::id() as i32;
+    format!("{MARK}{pid} {}", proc::stat(pid).map_or(0, |stat| stat.starttime))
+}
+
+/// Whether the agent that made the line with this mark lives.
+#[must_use]
+pub fn owned(mark: Option<&str>) -> bool {
+    let owner = mark.and_then(|mark| mark.strip_prefix(MARK)?.split_once(' '));
+    owner.is_some_and(|(pid, start)| {
+        let stat = pid.parse().ok().and_then(proc::stat);
+        stat.is_some_and(|stat| stat.starttime.to_string() == start)
+    })
+}
+
 impl Line {
     /// Makes the line of an interface in the calling thread's network namespace. What a dead agent left there goes first.
     pub fn create(netlink: &mut Netlink, interface: u32, outside: bool, longest: Duration) -> Result<Self> {
         Self::remove(netlink, interface, outside)?;
         let names = names(interface, outside);
-        let line = Self { ends: netlink.add_veth([&names[0], &names[1]])? };
+        crash::step("line.veth")?;
+        let line = Self { ends: netlink.add_veth([&names[0], &names[1]], &mark())? };
         if let Err(error) = line.resize(netlink, longest) {
             netlink.remove_link(line.ends[0])?;
             return Err(error);
@@ -51,7 +80,10 @@ impl Line {
 
     /// Makes room for packets that are held for so long. What is in the line stays.
     pub fn resize(self, netlink: &mut Netlink, longest: Duration) -> Result<()> {
-        self.ends.iter().try_for_each(|&end| netlink.set_root_fq(end, room(longest)))
+        self.ends.iter().try_for_each(|&end| {
+            crash::step("line.fq")?;
+            netlink.set_root_fq(end, room(longest))
+        })
     }
 
     /// Packets that are on their way.
@@ -68,6 +100,7 @@ impl Line {
         let names = names(interface, outside);
         // Both, should one have been moved away from the other.
         for found in netlink.interfaces()?.iter().filter(|i| names.contains(&i.name)) {
+            crash::step("line.remove")?;
             netlink.remove_link(found.index)?;
         }
         Ok(())
@@ -90,5 +123,16 @@ mod tests {
         let all = [names(u32::MAX, false), names(u32::MAX, true)].concat();
         assert!(all.iter().all(|name| name.len() < libc::IFNAMSIZ), "{all:?}");
         assert_eq!(all.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+        assert!(all.iter().all(|name| is_name(name)));
+        // A TAP device, and others' interfaces.
+        assert!(!["squall0", "squall12", "squalla", "squall-a", "eth0a"].into_iter().any(is_name));
+    }
+
+    #[test]
+    fn a_line_is_owned_by_a_living_process_that_is_the_same() {
+        let mark = mark();
+        assert!(owned(Some(&mark)));
+        assert!(!owned(Some(&format!("{mark}0"))), "another process of the same pid");
+        assert!(!owned(None));
     }
 }

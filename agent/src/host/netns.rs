@@ -40,6 +40,22 @@ impl Netns {
         None
     }
 
+    /// Every network namespace that this process can find, each once.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let mut found: Vec<Self> = Vec::new();
+        for path in [PathBuf::from("/proc/self/ns/net")].into_iter().chain(elsewhere()) {
+            // Names in /run/netns are also taken for other things, and what ends meanwhile is gone.
+            let Ok(file) = File::open(&path) else { continue };
+            let Ok(inode) = file.metadata().map(|meta| meta.ino()) else { continue };
+            let netns = Self { file, inode };
+            if found.iter().all(|other| other.inode != inode) && netns.run(|| Ok(())).is_ok() {
+                found.push(netns);
+            }
+        }
+        found
+    }
+
     fn open_path(path: &Path, inode: u64) -> io::Result<Option<Self>> {
         let file = File::open(path)?;
         Ok((file.metadata()?.ino() == inode).then_some(Self { file, inode }))

@@ -28,7 +28,7 @@ use super::{
     tap::{Desk, Device, Tap},
     tc::{Interface, Netlink},
 };
-use crate::{fault::Window, frame::Dns, time::BootTime};
+use crate::{crash, fault::Window, frame::Dns, time::BootTime};
 
 /// How long a port waits for packets on their way before it takes the way from them.
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
@@ -124,6 +124,7 @@ fn attach_tap(programs: &mut Programs, netlink: &mut Netlink, device: &Device, h
     if hook == Hook::Clsact {
         netlink.add_clsact(device.index())?;
     }
+    crash::step("port.tap.program")?;
     programs.attach(Program::TapOut, device.name(), hook)?;
     programs.attach(Program::TapIn, device.name(), hook)
 }
@@ -140,6 +141,7 @@ fn attach_line(
         if hook == Hook::Clsact {
             netlink.add_clsact(end)?;
         }
+        crash::step("port.line.program")?;
         programs.attach(Program::LineOut, name, hook)?;
         programs.attach(Program::LineIn, name, hook)?;
     }
@@ -505,6 +507,7 @@ impl Port {
         let link_header = interface
             .link_header
             .ok_or_else(|| anyhow!("{} has a link layer that is not supported", interface.name))?;
+        crash::step("port.open")?;
         let programs = Programs::get()?;
         let table = Arc::clone(programs.table());
         table.guard.store(u64::from(random() as u32 | 1));
@@ -541,6 +544,7 @@ impl Port {
             .position(|&used| !used)
             .ok_or_else(|| anyhow!("{} has {RULES} rules already", self.interface.name))?;
         self.prepare(&spec)?;
+        crash::step("port.write")?;
         let cells = &self.desk.table.rules[rule];
         cells.counters().into_iter().for_each(|counter| counter.store(0));
         cells.memory.clear();
@@ -559,6 +563,7 @@ impl Port {
             self.remove(rule)?;
             return Err(error);
         }
+        crash::point("port.written");
         Ok(rule)
     }
 
@@ -762,6 +767,7 @@ impl Port {
 
     /// Sets up the detours of a rule.
     fn prepare(&mut self, spec: &Spec) -> Result<()> {
+        crash::step("port.prepare")?;
         self.longest = self.longest.max(spec.longest());
         if !spec.detours() {
             return Ok(());
@@ -772,6 +778,7 @@ impl Port {
             if self.interface.loopback {
                 let missing = localnet::missing()?;
                 self.made_localnet = self.made_localnet.or(missing);
+                crash::step("port.localnet")?;
                 localnet::set(missing, true)?;
             }
             for way in [Direction::Egress, Direction::Ingress] {
@@ -810,13 +817,16 @@ impl Port {
             if self.support.hook == Hook::Clsact {
                 let mut netlink = Netlink::open()?;
                 if !netlink.has_clsact(self.interface.index)? {
+                    crash::step("port.clsact")?;
                     netlink.add_clsact(self.interface.index)?;
                     self.made_clsact = true;
                 }
             }
             for hook in missing {
+                crash::step("port.attach")?;
                 self.programs.attach(Program::Port(hook), &self.interface.name, self.support.hook)?;
                 self.attached[hook as usize] = true;
+                crash::point("port.attached");
             }
             Ok(())
         })
@@ -830,6 +840,7 @@ impl Port {
             return line.resize(netlink, self.longest);
         }
         let (index, outside) = (self.interface.index, self.outside);
+        crash::step("port.line")?;
         let line = Line::create(netlink, index, outside, self.longest)?;
         // From here on it is ours to remove.
         self.line = Some(line);
@@ -841,6 +852,7 @@ impl Port {
             table.open_until[lane].store(u64::MAX);
             table.lane[lane].store(u64::from(end));
         }
+        crash::point("port.lined");
         Ok(())
     }
 
@@ -873,6 +885,7 @@ impl Port {
     }
 
     fn device(&mut self, netlink: &mut Netlink, whole: bool) -> Result<Device> {
+        crash::step("port.tap")?;
         let device = Device::create(whole)?;
         attach_tap(&mut self.programs, netlink, &device, self.support.hook)?;
         device.up()?;
@@ -886,6 +899,7 @@ impl Port {
         hook: Direction,
         answers: Option<std::fs::File>,
     ) -> Result<()> {
+        crash::step("port.tap.queue")?;
         let index = lane.index(hook);
         let tap = device.start(index, Arc::clone(&self.desk), answers)?;
         self.programs.table().lane[index].store(u64::from(tap.index()));
@@ -915,23 +929,31 @@ impl Port {
         let name = interface.name.clone();
         netns
             .run(move || {
+                crash::step("port.close")?;
                 let mut netlink = Netlink::open()?;
                 // The queues send off what they hold, which takes the programs.
                 drop(taps);
                 if let Some(line) = line {
+                    crash::step("port.close.drain")?;
                     drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
                 }
+                crash::point("port.close.programs");
                 programs.detach();
                 if support.hook == Hook::Clsact && attached.contains(&true) {
+                    crash::step("port.close.filters")?;
                     remove_filters(&interface.name)?;
                 }
                 if line.is_some() {
+                    crash::step("port.close.line")?;
                     Line::remove(&mut netlink, interface.index, outside)?;
                 }
                 if made_clsact {
+                    crash::step("port.close.clsact")?;
                     netlink.remove_empty_clsact(interface.index)?;
                 }
+                crash::step("port.close.localnet")?;
                 localnet::set(made_localnet, false)?;
+                crash::point("port.closed");
                 programs.give_back();
                 Ok(())
             })
@@ -1000,6 +1022,8 @@ pub mod localnet {
     use anyhow::{Context, Result};
     use serde::{Deserialize, Serialize};
 
+    use crate::crash;
+
     const FILES: [&str; 2] =
         ["/proc/sys/net/ipv4/conf/lo/route_localnet", "/proc/sys/net/ipv4/conf/lo/accept_local"];
 
@@ -1033,6 +1057,7 @@ pub mod localnet {
     /// Switches settings on, or off again.
     pub fn set(which: Changed, on: bool) -> Result<()> {
         for (file, _) in FILES.iter().zip(which.0).filter(|(_, changed)| *changed) {
+            crash::step("localnet.write")?;
             fs::write(file, if on { "1" } else { "0" }).with_context(|| format!("writing {file}"))?;
         }
         Ok(())

@@ -18,6 +18,9 @@ pub const STRESSOR: &str = "squall-stress";
 /// The argument that ties a stressor to its injection: `--injection=TOKEN`.
 pub const INJECTION_ARGUMENT: &str = "--injection=";
 
+/// The argument that says who started a stressor: `--agent=PID`.
+pub const AGENT_ARGUMENT: &str = "--agent=";
+
 /// `PF_KTHREAD` [include/linux/sched.h, 6.1].
 const PF_KTHREAD: u32 = 0x0020_0000;
 

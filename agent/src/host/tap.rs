@@ -43,6 +43,7 @@ use squall_common::{
 
 use super::bpf::Mapped;
 use crate::{
+    crash,
     frame::{self, Dns, Verdict},
     time::BootTime,
 };
@@ -107,6 +108,7 @@ pub struct Device {
 impl Device {
     /// Makes a device, down, in the calling thread's network namespace. `whole`: GSO packets stay whole, and checksums undone.
     pub fn create(whole: bool) -> Result<Self> {
+        crash::step("tap.open").context("opening /dev/net/tun")?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -115,6 +117,7 @@ impl Device {
             .context("opening /dev/net/tun (is the tun module there?)")?;
         let mut request = request("squall%d");
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+        crash::step("tap.create").context("making a TAP device")?;
         // SAFETY: the kernel reads the ifreq, and writes the name it chose into it.
         unsafe { ioctls::tun_set_iff(file.as_raw_fd(), &raw const request) }
             .context("making a TAP device")?;
@@ -122,6 +125,7 @@ impl Device {
             request.ifr_name.iter().map(|&c| c as u8).take_while(|&c| c != 0).map(char::from).collect();
         let index =
             nix::net::if_::if_nametoindex(name.as_str()).context("looking for the TAP device just made")?;
+        crash::step("tap.offload").context("setting the offloads of a TAP device")?;
         let offload = |flags| {
             // SAFETY: the argument is a number.
             unsafe { ioctls::tun_set_offload(file.as_raw_fd(), flags) }
@@ -154,6 +158,7 @@ impl Device {
         with.ifr_ifru.ifru_mtu = QUEUE;
         // SAFETY: the kernel reads the ifreq.
         unsafe { ioctls::set_queue(fd, &raw const with) }.context("setting the queue of the TAP device")?;
+        crash::step("tap.up").context("bringing the TAP device up")?;
         with.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_NOARP) as libc::c_short;
         // SAFETY: the kernel reads the ifreq.
         unsafe { ioctls::set_flags(fd, &raw const with) }.context("bringing the TAP device up")?;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use rtnetlink::{
     packet_core::{
         DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
-        NetlinkMessage, NetlinkPayload,
+        NetlinkMessage, NetlinkPayload, Nla as _, NlasIterator,
     },
     packet_route::{
         RouteNetlinkMessage,
@@ -19,6 +19,8 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
+use crate::crash;
+
 /// An interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
@@ -30,6 +32,8 @@ pub struct Interface {
     pub up: bool,
     /// Whether it is the loopback interface.
     pub loopback: bool,
+    /// What was written to it for people.
+    pub alias: Option<String>,
     /// Index of the interface at the other end, in whichever network namespace that is.
     pub peer: Option<u32>,
     /// Length of the header in front of the network layer; `None` for link layers we know nothing about.
@@ -45,6 +49,15 @@ pub struct Qdisc {
     pub parent: TcHandle,
     /// Packets in it.
     pub packets: u32,
+}
+
+/// A filter.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Its name; empty for what is no eBPF program.
+    pub name: String,
+    /// Id of its eBPF program.
+    pub program: u32,
 }
 
 /// A connection to the kernel's tables in one network namespace.
@@ -76,8 +89,9 @@ impl Netlink {
             .collect())
     }
 
-    /// Makes a veth pair of these names, up, without ARP or addresses, for packets of any length. Gives the indexes.
-    pub fn add_veth(&mut self, names: [&str; 2]) -> Result<[u32; 2]> {
+    /// Makes a veth pair of these names and this alias, up, without ARP or addresses, for packets of any length. Gives the
+    /// indexes.
+    pub fn add_veth(&mut self, names: [&str; 2], alias: &str) -> Result<[u32; 2]> {
         let end = |name: &str| {
             let mut link = LinkMessage::default();
             link.attributes.push(LinkAttribute::IfName(name.to_owned()));
@@ -90,6 +104,7 @@ impl Netlink {
             .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
         self.call(RouteNetlinkMessage::NewLink(link), NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL)
             .with_context(|| format!("making the veth pair {} and {}", names[0], names[1]))?;
+        crash::point("line.made");
         let all = self.interfaces()?;
         let index = |name: &str| {
             let found = all.iter().find(|i| i.name == name);
@@ -97,13 +112,13 @@ impl Netlink {
         };
         let indexes = [index(names[0])?, index(names[1])?];
         for index in indexes {
-            self.quiet_up(index)?;
+            self.quiet_up(index, alias)?;
         }
         Ok(indexes)
     }
 
-    /// Brings an interface up without an IPv6 address of its own making.
-    fn quiet_up(&mut self, index: u32) -> Result<()> {
+    /// Brings an interface up, with an alias and without an IPv6 address of its own making.
+    fn quiet_up(&mut self, index: u32, alias: &str) -> Result<()> {
         let mut quiet = LinkMessage::default();
         quiet.header.index = index;
         let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
@@ -116,6 +131,9 @@ impl Netlink {
         up.header.index = index;
         up.header.flags = LinkFlags::Up | LinkFlags::Noarp;
         up.header.change_mask = up.header.flags;
+        // The kernel takes it only for a link that is there already (net/core/rtnetlink.c, rtnl_create_link).
+        up.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
+        crash::step("line.up")?;
         self.call(RouteNetlinkMessage::SetLink(up), NLM_F_ACK)
             .with_context(|| format!("bringing interface {index} up"))?;
         Ok(())
@@ -171,7 +189,7 @@ impl Netlink {
     /// Removes the clsact qdisc, unless it has filters left, which then are not ours.
     pub fn remove_empty_clsact(&mut self, index: u32) -> Result<()> {
         for parent in [FILTERS_INGRESS, FILTERS_EGRESS] {
-            if self.has_filters(index, parent)? {
+            if !self.filters_at(index, parent)?.is_empty() {
                 return Ok(());
             }
         }
@@ -183,13 +201,30 @@ impl Netlink {
         }
     }
 
-    fn has_filters(&mut self, index: u32, parent: TcHandle) -> Result<bool> {
+    /// The filters in the clsact qdisc of an interface; none where it has none.
+    pub fn filters(&mut self, index: u32) -> Result<Vec<Filter>> {
+        let mut found = Vec::new();
+        if self.has_clsact(index)? {
+            for parent in [FILTERS_INGRESS, FILTERS_EGRESS] {
+                found.extend(self.filters_at(index, parent)?.iter().filter_map(filter));
+            }
+        }
+        Ok(found)
+    }
+
+    fn filters_at(&mut self, index: u32, parent: TcHandle) -> Result<Vec<TcMessage>> {
         let mut message = TcMessage::with_index(index as i32);
         message.header.parent = parent;
         let replies = self
             .call(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_DUMP)
             .with_context(|| format!("listing the filters of interface {index}"))?;
-        Ok(!replies.is_empty())
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewTrafficFilter(message) => Some(message),
+                _ => None,
+            })
+            .collect())
     }
 
     /// Makes an `sch_fq` that keeps departure times and as many packets the root qdisc of an interface of our own; where it is
@@ -295,12 +330,17 @@ fn interface(link: &LinkMessage) -> Interface {
         LinkAttribute::IfName(name) => Some(name.clone()),
         _ => None,
     });
+    let alias = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfAlias(alias) => Some(alias.clone()),
+        _ => None,
+    });
     let peer = link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Link(index) => Some(*index),
         _ => None,
     });
     Interface {
         name: name.unwrap_or_default(),
+        alias,
         peer,
         index: link.header.index,
         up: link.header.flags.contains(LinkFlags::Up),
@@ -311,6 +351,33 @@ fn interface(link: &LinkMessage) -> Interface {
             _ => None,
         },
     }
+}
+
+/// A filter; `None` for the head of a chain, which has no options.
+fn filter(message: &TcMessage) -> Option<Filter> {
+    // linux/pkt_cls.h.
+    const TCA_BPF_NAME: u16 = 7;
+    const TCA_BPF_ID: u16 = 11;
+    let options = message.attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    })?;
+    let mut found = Filter::default();
+    for option in options {
+        let TcOption::Other(all) = option else { continue };
+        let mut bytes = vec![0; all.value_len()];
+        all.emit_value(&mut bytes);
+        for option in NlasIterator::new(bytes.as_slice()).flatten() {
+            match option.kind() {
+                TCA_BPF_NAME => {
+                    found.name = String::from_utf8_lossy(option.value()).trim_end_matches('\0').to_owned();
+                }
+                TCA_BPF_ID => found.program = option.value().try_into().map_or(0, u32::from_ne_bytes),
+                _ => {}
+            }
+        }
+    }
+    Some(found)
 }
 
 fn qdisc(message: &TcMessage) -> Qdisc {

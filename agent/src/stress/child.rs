@@ -17,7 +17,7 @@ use super::{
     burn::{Burner, cpu_time},
     hold::Holder,
 };
-use crate::{host::proc, time::BootTime};
+use crate::{crash, host::proc, time::BootTime};
 
 /// How long it waits for its first order.
 const FIRST_ORDER: Duration = Duration::from_secs(30);
@@ -45,6 +45,7 @@ pub fn main(args: &Args) -> ExitCode {
 fn set_up(args: &Args) -> Result<()> {
     // Fails only on kernels before 5.9; all descriptors of the agent are close-on-exec anyway.
     let _closed = proc::close_inherited_descriptors();
+    crash::point("stressor.child");
     let _named = nix::sys::prctl::set_name(c"squall-stress");
     for cgroup in &args.cgroup {
         join(cgroup)?;
@@ -56,10 +57,12 @@ fn set_up(args: &Args) -> Result<()> {
 
 fn join(cgroup: &Path) -> Result<()> {
     // Zero is the writer itself [cgroups(7)].
-    fs::write(cgroup.join("cgroup.procs"), "0").with_context(|| {
-        let hint = "a v2 cgroup that has its controllers turned on for its children takes no processes";
-        format!("move the stressor into the cgroup {} ({hint})", cgroup.display())
-    })
+    crash::step("stressor.join").and_then(|()| fs::write(cgroup.join("cgroup.procs"), "0")).with_context(
+        || {
+            let hint = "a v2 cgroup that has its controllers turned on for its children takes no processes";
+            format!("move the stressor into the cgroup {} ({hint})", cgroup.display())
+        },
+    )
 }
 
 fn say(report: &Report) -> io::Result<()> {
@@ -123,6 +126,7 @@ impl Child {
     }
 
     fn work(&mut self, work: Work) -> Result<()> {
+        crash::step("stressor.work")?;
         match work {
             Work::Cpu { usage, workers, cpus } => {
                 self.burner.set(usage, workers, &cpus).context("start the workers")?;

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{Kind, Order, Report, What, Work};
-use crate::{host::proc, time::BootTime};
+use crate::{crash, host::proc, time::BootTime};
 
 /// How long an answer may take. A stressor answers at once, unless its cgroup is throttled or frozen.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -46,6 +46,7 @@ impl Stressor {
             .arg0(proc::STRESSOR)
             .args(["stress", kind.name()])
             .arg(format!("{}{token}", proc::INJECTION_ARGUMENT))
+            .arg(format!("{}{}", proc::AGENT_ARGUMENT, std::process::id()))
             .args(cgroups.iter().flat_map(|dir| [Path::new("--cgroup"), dir.as_path()]))
             .env_clear()
             .current_dir("/")
@@ -54,7 +55,11 @@ impl Stressor {
             // Ctrl-C in a terminal is for the agent, which takes things back in order.
             .process_group(0)
             .kill_on_drop(true);
+        #[cfg(feature = "crash-points")]
+        command.envs(crash::env());
+        crash::step("stressor.spawn").context("start a stressor")?;
         let mut child = command.spawn().context("start a stressor")?;
+        crash::point("stressor.spawned");
         let orders = child.stdin.take().context("the stressor has no input")?;
         let answers = BufReader::new(child.stdout.take().context("the stressor has no output")?).lines();
         let mut stressor = Self { child, orders, answers, number: 0, last: Report::default() };
@@ -98,13 +103,16 @@ impl Stressor {
 
     /// Gives an order and waits for its answer. False: it has ended.
     async fn ask(&mut self, what: What) -> Result<bool> {
+        crash::step("stressor.order").context("give the stressor an order")?;
         self.number += 1;
         let order = Order { number: self.number, what };
         let mut line = serde_json::to_vec(&order).context("write an order")?;
         line.push(b'\n');
         // A stressor that has ended still has words in its pipe.
         let _ended = self.orders.write_all(&line).await;
-        timeout(ANSWER, self.answer()).await.context("the stressor does not answer")?
+        let answered = timeout(ANSWER, self.answer()).await.context("the stressor does not answer")?;
+        crash::point("stressor.answered");
+        answered
     }
 
     async fn answer(&mut self) -> Result<bool> {
@@ -146,6 +154,7 @@ pub async fn end_all(token: &str) -> Result<()> {
     loop {
         let left = strays(token)?;
         if left.is_empty() {
+            crash::point("stressor.ended");
             return Ok(());
         }
         if started.elapsed() > END {
@@ -153,6 +162,31 @@ pub async fn end_all(token: &str) -> Result<()> {
         }
         sleep(Duration::from_millis(2)).await;
     }
+}
+
+/// Stressors whose agent is gone: pid and token. A frozen one has not noticed.
+pub fn orphans() -> Result<Vec<(i32, String)>> {
+    let orphan = |pid: i32| {
+        let arguments = proc::arguments(pid);
+        let token = proc::injection_of(&arguments)?.to_owned();
+        let agent = arguments.iter().find_map(|argument| argument.strip_prefix(proc::AGENT_ARGUMENT))?;
+        // Whoever loses its parent gets another.
+        let parent = proc::any_stat(pid)?.ppid;
+        (agent != parent.to_string()).then_some((pid, token))
+    };
+    Ok(proc::pids().context("list /proc")?.into_iter().filter_map(orphan).collect())
+}
+
+/// Kills a stressor, if it still is of this injection.
+pub fn end(pid: i32, token: &str) -> Result<bool> {
+    let Some(process) = proc::PidFd::open(pid).context("hold a stressor")? else { return Ok(false) };
+    // Held now: look again, so that it is not another process of the same pid.
+    let same = proc::injection_of(&proc::arguments(pid)) == Some(token);
+    if same {
+        crash::step("stressor.kill")?;
+        process.kill().with_context(|| format!("kill the stressor {pid}"))?;
+    }
+    Ok(same)
 }
 
 /// Kills the stressors of an injection. Returns those that are still there, and all stressors that are dying: one that
@@ -168,11 +202,7 @@ fn strays(token: &str) -> Result<Vec<i32>> {
             });
             left.extend(dying.then_some(pid));
         } else if proc::injection_of(&arguments) == Some(token) {
-            let Some(process) = proc::PidFd::open(pid).context("hold a stressor")? else { continue };
-            // Held now: look again, so that it is not another process of the same pid.
-            if proc::injection_of(&proc::arguments(pid)) == Some(token) {
-                process.kill().with_context(|| format!("kill the stressor {pid}"))?;
-            }
+            end(pid, token)?;
             left.push(pid);
         }
     }

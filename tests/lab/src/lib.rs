@@ -4,6 +4,7 @@
 //! **Invariant:** nothing here touches the host's own network namespace, clock or root cgroups. Commands run in a
 //! namespace through `nsenter --net`, never `ip netns exec`, which mounts a new /sys and so hides the cgroups.
 
+mod bpf;
 mod cgroup;
 mod command;
 mod counters;

@@ -57,6 +57,23 @@ pub struct Stream {
     pub bytes: u64,
 }
 
+fn path(name: &str) -> PathBuf {
+    Path::new("/run/netns").join(name)
+}
+
+/// Runs a function on a thread of its own, in the namespace of this name.
+pub(crate) fn inside<T: Send>(name: &str, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let namespace = File::open(path(name)).with_context(|| format!("cannot open namespace {name}"))?;
+    let work = move || {
+        setns(namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the namespace")?;
+        f()
+    };
+    thread::scope(|scope| match scope.spawn(work).join() {
+        Ok(result) => result,
+        Err(panic) => resume_unwind(panic),
+    })
+}
+
 impl Netns {
     /// Makes a namespace.
     pub fn new(name: impl Into<String>) -> Result<Self> {
@@ -76,7 +93,7 @@ impl Netns {
     /// The file that opens it.
     #[must_use]
     pub fn path(&self) -> PathBuf {
-        Path::new("/run/netns").join(&self.name)
+        path(&self.name)
     }
 
     /// A command that runs in it. The mounts, so also /sys and the cgroups, stay the host's.
@@ -88,16 +105,7 @@ impl Netns {
 
     /// Runs a function on a thread of its own, in this namespace.
     pub fn inside<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let namespace =
-            File::open(self.path()).with_context(|| format!("cannot open namespace {}", self.name))?;
-        let work = move || {
-            setns(namespace, CloneFlags::CLONE_NEWNET).context("cannot enter the namespace")?;
-            f()
-        };
-        thread::scope(|scope| match scope.spawn(work).join() {
-            Ok(result) => result,
-            Err(panic) => resume_unwind(panic),
-        })
+        inside(&self.name, f)
     }
 
     /// `ip -n <name> <words>`.

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::{PREFIX, cgroup, stdout, sweep};
+use crate::{PREFIX, bpf, cgroup, netns, stdout, sweep};
 
 /// Everything of a host that Squall could leave behind. What belongs to another lab that is still in use is left out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,14 +21,20 @@ pub struct HostState {
     pub network: NetState,
     /// Directories below /sys/fs/cgroup that have to do with Squall.
     pub cgroups: BTreeSet<PathBuf>,
+    /// What the files in them say that can be set.
+    pub settings: BTreeSet<String>,
     /// Everything in /sys/fs/bpf.
     pub pins: BTreeSet<PathBuf>,
+    /// eBPF objects of Squall that no process holds.
+    pub orphans: BTreeSet<String>,
+    /// Mounts, other than of named network namespaces.
+    pub mounts: BTreeSet<String>,
     /// Processes of Squall's binaries: pid and path.
     pub processes: BTreeSet<String>,
 }
 
 /// A network namespace.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NetState {
     /// Name, kind, MTU and qdisc of each link.
     pub links: BTreeSet<String>,
@@ -36,6 +42,10 @@ pub struct NetState {
     pub qdiscs: BTreeSet<String>,
     /// Filters at ingress and egress, as tc shows them.
     pub filters: BTreeSet<String>,
+    /// Interface and address.
+    pub addresses: BTreeSet<String>,
+    /// Settings below /proc/sys/net that a fault may have to change.
+    pub settings: BTreeSet<String>,
 }
 
 impl HostState {
@@ -51,11 +61,23 @@ impl HostState {
                 cgroups.insert(dir.to_owned());
             }
         })?;
+        let settings = cgroups.iter().flat_map(|dir| cgroup_settings(dir)).collect();
         let mut pins = BTreeSet::new();
         for pin in names(Path::new("/sys/fs/bpf"))? {
             pins.insert(Path::new("/sys/fs/bpf").join(pin));
         }
-        Ok(Self { netns, network: Self::network(None)?, cgroups, pins, processes: processes(binaries)? })
+        let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read the mounts")?;
+        let mounts = mounts.lines().filter_map(mount).collect();
+        Ok(Self {
+            netns,
+            network: Self::network(None)?,
+            cgroups,
+            settings,
+            pins,
+            orphans: bpf::orphans(),
+            mounts,
+            processes: processes(binaries)?,
+        })
     }
 
     /// The network namespace of this name, or this process's own.
@@ -85,6 +107,11 @@ impl HostState {
             links: lines(&links, &["/ifname", "/linkinfo/info_kind", "/mtu", "/qdisc"]),
             qdiscs: lines(&qdiscs, &["/dev", "/kind", "/handle", "/parent", "/root"]),
             filters,
+            addresses: addresses(&list(tool("ip", &["-j", "addr", "show"])?)?),
+            settings: match netns {
+                Some(name) => netns::inside(name, net_settings)?,
+                None => net_settings()?,
+            },
         })
     }
 
@@ -96,7 +123,11 @@ impl HostState {
         compare("process", &self.processes, &after.processes, &mut found);
         let text = |paths: &BTreeSet<PathBuf>| paths.iter().map(|p| p.display().to_string()).collect();
         compare("cgroup", &text(&self.cgroups), &text(&after.cgroups), &mut found);
+        compare("cgroup setting", &self.settings, &after.settings, &mut found);
         compare("BPF object", &text(&self.pins), &text(&after.pins), &mut found);
+        // The kernel frees them a moment after their last process, so that any may have been there before.
+        found.extend(after.orphans.difference(&self.orphans).map(|orphan| format!("+ BPF orphan {orphan}")));
+        compare("mount", &self.mounts, &after.mounts, &mut found);
         found
     }
 }
@@ -109,6 +140,8 @@ impl NetState {
         compare("link", &self.links, &after.links, &mut found);
         compare("qdisc", &self.qdiscs, &after.qdiscs, &mut found);
         compare("filter", &self.filters, &after.filters, &mut found);
+        compare("address", &self.addresses, &after.addresses, &mut found);
+        compare("setting", &self.settings, &after.settings, &mut found);
         found
     }
 }
@@ -128,6 +161,70 @@ fn lines(list: &[Value], fields: &[&str]) -> BTreeSet<String> {
         parts.collect::<Vec<_>>().join(" ")
     };
     list.iter().map(line).collect()
+}
+
+/// Interface and address, with its prefix.
+fn addresses(links: &[Value]) -> BTreeSet<String> {
+    let of_link = |link: &Value| {
+        let of_address =
+            |address: &Value| format!("{} {}/{}", link["ifname"], address["local"], address["prefixlen"]);
+        link["addr_info"]
+            .as_array()
+            .map(|all| all.iter().map(of_address).collect::<Vec<_>>())
+            .unwrap_or_default()
+    };
+    links.iter().flat_map(of_link).collect()
+}
+
+/// The settings of the calling thread's network namespace.
+fn net_settings() -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    let root = Path::new("/proc/sys/net/ipv4/conf");
+    for interface in names(root)? {
+        for name in ["route_localnet", "accept_local", "forwarding", "rp_filter"] {
+            // Interfaces come and go.
+            if let Ok(value) = fs::read_to_string(root.join(&interface).join(name)) {
+                found.insert(format!("{interface} {name} {}", value.trim()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What the files of a cgroup say that can be set, and its processes. Usage is left out: it is never the same.
+fn cgroup_settings(dir: &Path) -> Vec<String> {
+    const FILES: [&str; 17] = [
+        "cgroup.freeze",
+        "cgroup.procs",
+        "cgroup.subtree_control",
+        "cgroup.type",
+        "cpu.cfs_period_us",
+        "cpu.cfs_quota_us",
+        "cpu.max",
+        "cpu.shares",
+        "cpu.weight",
+        "cpuset.cpus",
+        "freezer.state",
+        "io.max",
+        "memory.high",
+        "memory.limit_in_bytes",
+        "memory.max",
+        "memory.oom.group",
+        "pids.max",
+    ];
+    let read = |file: &str| {
+        let value = fs::read_to_string(dir.join(file)).ok()?;
+        Some(format!("{}/{file} {}", dir.display(), value.split_whitespace().collect::<Vec<_>>().join(" ")))
+    };
+    FILES.into_iter().filter_map(read).collect()
+}
+
+/// Place and kind of a mount: `/tmp tmpfs`.
+fn mount(line: &str) -> Option<String> {
+    let (before, after) = line.split_once(" - ")?;
+    let place = before.split(' ').nth(4)?;
+    (!place.starts_with("/run/netns"))
+        .then(|| format!("{place} {}", after.split(' ').next().unwrap_or_default()))
 }
 
 fn names(dir: &Path) -> Result<Vec<String>> {
@@ -162,7 +259,7 @@ fn processes(binaries: &Path) -> Result<BTreeSet<String>> {
         // Kernel threads and zombies have no executable; others may be gone by now.
         let Ok(exe) = fs::read_link(format!("/proc/{pid}/exe")) else { continue };
         let name = exe.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let ours = ["squall", "squall-agent", "recommender"].contains(&name.as_str());
+        let ours = ["squall", "squall-agent", "squall-agent-crash", "recommender"].contains(&name.as_str());
         if exe.parent() == Some(&binaries) && ours {
             found.insert(format!("{pid} {}", exe.display()));
         }
@@ -176,7 +273,7 @@ mod tests {
 
     fn state(links: &[&str]) -> NetState {
         let set = |items: &[&str]| items.iter().map(ToString::to_string).collect();
-        NetState { links: set(links), qdiscs: BTreeSet::new(), filters: BTreeSet::new() }
+        NetState { links: set(links), ..NetState::default() }
     }
 
     #[test]
