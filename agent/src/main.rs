@@ -1,15 +1,21 @@
 //! `squall-agent`: build, run, drain. No logic.
 
+#![cfg_attr(fuzzing, no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
+
 mod cost;
 mod engine;
 mod fault;
 mod frame;
+#[cfg(fuzzing)]
+#[path = "../../tests/fuzz/agent.rs"]
+mod fuzz;
 mod host;
 mod journal;
 mod limits;
 mod metrics;
 mod sample;
 mod server;
+mod stop;
 mod stress;
 mod target;
 mod time;
@@ -30,7 +36,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use squall_proto::v1::agent_server::AgentServer;
 use tokio::{
     net::UnixListener,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 use tokio_stream::wrappers::UnixListenerStream;
@@ -38,7 +44,13 @@ use tonic::transport::Server;
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
-use crate::{engine::Engine, fault::KINDS, journal::Journal, limits::Limits};
+use crate::{
+    engine::Engine,
+    fault::KINDS,
+    journal::Journal,
+    limits::{Limits, Pattern},
+    stop::Stop,
+};
 
 /// Longest message a client may send, bytes.
 const LARGEST_MESSAGE: usize = 1 << 20;
@@ -90,6 +102,10 @@ struct Run {
     /// Allow network faults without peers on the node's own interfaces: they hit SSH and the kubelet too
     #[arg(long)]
     allow_whole_node_network: bool,
+    /// Protect these processes too: the name of an executable (etcd, kube-*), or an absolute path of an executable or
+    /// a cgroup with all below it. Repeatable; pid 1, what runs and reaches the node, and this agent always are
+    #[arg(long, value_name = "PATTERN")]
+    protect: Vec<Pattern>,
 }
 
 #[derive(Debug, Clone)]
@@ -155,14 +171,16 @@ async fn run(args: Run) -> Result<()> {
         longest: Duration::from_secs(args.longest),
         most_injections: args.most_injections,
         whole_node_network: args.allow_whole_node_network,
+        protect: args.protect,
         ..Limits::default()
     };
-    let engine = Engine::new(journal, limits)?;
+    let engine = Engine::new(journal, limits, Stop::new(&args.state_dir))?;
     engine.replay(KINDS).await?;
 
     if let Some(address) = args.metrics.0 {
         metrics::serve(address, engine.clone()).await?;
     }
+    tokio::spawn(obey_stop(engine.clone(), signal(SignalKind::user_defined1())?));
     let listener = listen(&args.socket)?;
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let service = AgentServer::new(server::Server::new(engine.clone()).await)
@@ -193,6 +211,18 @@ async fn run(args: Run) -> Result<()> {
     }
     info!("drained, nothing left behind");
     Ok(())
+}
+
+/// Stops where the file says so, or SIGUSR1.
+async fn obey_stop(engine: Engine, mut asked: Signal) {
+    let by_signal = async {
+        while asked.recv().await.is_some() {
+            if let Err(e) = engine.stop().await {
+                error!("{e:#}");
+            }
+        }
+    };
+    tokio::join!(engine.obey_stop(), by_signal);
 }
 
 /// Binds the socket so that only root can connect. Takes the place of a dead agent's socket, never of a living one's.

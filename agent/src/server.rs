@@ -92,6 +92,7 @@ impl Agent for Server {
                 .to_owned(),
             faults: self.faults.clone(),
             resolved,
+            stopped: self.engine.stopped(),
             limits: Some(v1::Limits {
                 longest_ns: limits.longest.as_nanos() as u64,
                 longest_lease_ns: limits.longest_lease.as_nanos() as u64,
@@ -147,6 +148,17 @@ impl Agent for Server {
         };
         let injections = self.engine.revert(&ids, "reverted on request").await.map_err(refused)?;
         Ok(Response::new(v1::RevertResponse { injections }))
+    }
+
+    async fn stop(&self, request: Request<v1::StopRequest>) -> Reply<v1::StopResponse> {
+        let host = |e: anyhow::Error| refused(e.into());
+        let injections = if request.into_inner().release {
+            self.engine.release().map_err(host)?;
+            Vec::new()
+        } else {
+            self.engine.stop().await.map_err(host)?
+        };
+        Ok(Response::new(v1::StopResponse { injections }))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
@@ -250,7 +262,7 @@ fn refused(error: EngineError) -> Status {
         EngineError::Conflict(_) => Status::already_exists(message),
         EngineError::Unknown(_) => Status::not_found(message),
         EngineError::Full(_) => Status::resource_exhausted(message),
-        EngineError::Host(_) => Status::failed_precondition(message),
+        EngineError::Stopped | EngineError::Host(_) => Status::failed_precondition(message),
     }
 }
 

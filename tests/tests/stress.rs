@@ -432,11 +432,9 @@ async fn plan_says_what_would_happen_and_changes_nothing() -> Result<()> {
     // This very test is in no CPU cgroup of its own.
     let process = ProcessSelector { pid: std::process::id(), ..ProcessSelector::default() };
     let root = Some(Target { kind: Some(target::Kind::Process(process)) });
-    let on_node = stage.plan(ArmRequest { target: root, ..stage.request(cpu(0.5)) }).await?;
-    ensure!(
-        on_node.warnings.iter().any(|warning| warning.contains("every process here feels it")),
-        "{on_node:?}"
-    );
+    let refused = stage.plan(ArmRequest { target: root, ..stage.request(cpu(0.5)) }).await;
+    let refused = format!("{:#}", refused.expect_err("the root cgroup is everybody's"));
+    ensure!(refused.contains("pid 1)") && refused.contains("in a cgroup of its own"), "{refused}");
 
     ensure!(
         stage.others()?.is_empty()
