@@ -559,17 +559,15 @@ impl Target {
         pids.extend(self.cgroup.iter().filter(|_| whole).flat_map(Cgroup::processes));
         pids.sort_unstable();
         pids.dedup();
-        let bystander = |pid| {
-            let cgroups = proc::cgroups(pid).into_iter().flatten().map(|entry| entry.pathname.into());
-            Some(Bystander {
-                pid,
-                exe: proc::exe(pid)?,
-                cgroups: cgroups.collect(),
-                ours: pid == agent || ours.contains(&pid),
-                of_the_node: proc::pid_namespace(pid) == proc::pid_namespace(agent),
-            })
+        let bystander = |pid| Bystander {
+            pid,
+            // A name that cannot be read, as of pid 1 in some VMs, is no reason to pass it over.
+            exe: proc::exe(pid).unwrap_or_default(),
+            cgroups: proc::cgroups(pid).into_iter().flatten().map(|entry| entry.pathname.into()).collect(),
+            ours: pid == agent || ours.contains(&pid),
+            of_the_node: proc::pid_namespace(pid) == proc::pid_namespace(agent),
         };
-        pids.into_iter().filter(|pid| !is_stressor(*pid)).filter_map(bystander).collect()
+        pids.into_iter().filter(|pid| !is_stressor(*pid)).map(bystander).collect()
     }
 
     /// Whether it is still there, and still the same.

@@ -48,7 +48,7 @@ enum Task {
     },
     /// Fuzz the parsers with libFuzzer.
     Fuzz(fuzz::Options),
-    /// rustfmt, clippy and rustdoc, without a warning.
+    /// rustfmt, cargo-deny, clippy and rustdoc, without a warning.
     Lint,
 }
 
