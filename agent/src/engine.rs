@@ -192,8 +192,8 @@ impl Engine {
         let mut planned = Vec::new();
         for (n, (target, fault)) in order.targets.into_iter().zip(order.faults).enumerate() {
             let id = if many { format!("{}.{n}", order.id) } else { order.id.clone() };
-            fault.check(&target, &self.0.limits)?;
             self.0.limits.check_protected(&target.name, &target.hurt(fault.scope()))?;
+            fault.check(&target, &self.0.limits)?;
             let digest = format!("{} {} {}", fault.kind().name, target.identity(), fault.summary());
             if let Some(there) = self.0.same_order(&id, &digest, order.duration, order.lease)? {
                 planned.push((id, there, None));
