@@ -32,6 +32,8 @@ pub struct AgentOptions<'a> {
     pub netns: Option<&'a Netns>,
     /// More arguments.
     pub args: &'a [&'a str],
+    /// A command that becomes the agent, such as setpriv with its arguments.
+    pub under: &'a [&'a str],
 }
 
 /// A running agent. It is killed when this is dropped, and what it kept in its state directory is gone.
@@ -50,7 +52,10 @@ impl Agent {
         if !binary.exists() {
             bail!("no {}: run cargo xtask build", binary.display());
         }
-        let mut command = options.netns.map_or_else(|| Command::new(&binary), |netns| netns.command(&binary));
+        let mut words = options.under.iter().map(AsRef::as_ref).chain([binary.as_os_str()]);
+        let program = words.next().context("no program")?;
+        let mut command = options.netns.map_or_else(|| Command::new(program), |netns| netns.command(program));
+        command.args(words);
         command.arg("--socket").arg(socket(dir.path())).arg("--state-dir").arg(dir.path().join("state"));
         command.args(["--metrics", "off"]).args(options.args);
         let words = std::iter::once(command.get_program()).chain(command.get_args());

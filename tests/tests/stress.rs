@@ -434,7 +434,10 @@ async fn plan_says_what_would_happen_and_changes_nothing() -> Result<()> {
     let root = Some(Target { kind: Some(target::Kind::Process(process)) });
     let refused = stage.plan(ArmRequest { target: root, ..stage.request(cpu(0.5)) }).await;
     let refused = format!("{:#}", refused.expect_err("everybody would be hurt"));
-    ensure!(refused.contains("which is protected") && refused.contains("in a cgroup of its own"), "{refused}");
+    ensure!(
+        refused.contains("which is protected") && refused.contains("in a cgroup of its own"),
+        "{refused}"
+    );
 
     ensure!(
         stage.others()?.is_empty()
