@@ -15,7 +15,7 @@ use squall_proto::v1::{
 };
 use squall_tests::{
     Agent, AgentOptions, Cgroup, Controller, HostState, Running, Shop, ShopOptions, Victim, bin_dir,
-    need_root, unique, wait_for,
+    need_root, stdout, unique, wait_for,
 };
 use tonic::transport::Channel;
 
@@ -134,7 +134,7 @@ impl Named {
     fn start(name: &str) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let program = dir.path().join(name);
-        fs::copy("/usr/bin/sleep", &program)?;
+        fs::copy(stdout(Command::new("sh").args(["-c", "command -v sleep"]))?.trim(), &program)?;
         let cgroup = Cgroup::new(unique("bounds"))?;
         let process = Running::start(name, &cgroup.wrap(Command::new(&program).arg("3600")))?;
         wait_for("the process in its cgroup", SOON, || {

@@ -1,7 +1,7 @@
 //! Least privilege: with the capabilities of the table in README.md and the system calls of deploy/seccomp.json everything works, and
 //! where one is missing the refusal names it.
 
-use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
+use std::{collections::BTreeMap, fs, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
@@ -38,8 +38,7 @@ fn only(capabilities: &[&str]) -> Vec<String> {
 
 /// The system calls that deploy/seccomp.json allows, as a filter.
 fn filter() -> Result<BpfProgram> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/seccomp.json");
-    let profile: Value = serde_json::from_str(&fs::read_to_string(path)?)?;
+    let profile: Value = serde_json::from_str(include_str!("../../deploy/seccomp.json"))?;
     ensure!(profile["defaultAction"] == "SCMP_ACT_ERRNO", "{profile}");
     let groups = profile["syscalls"].as_array().context("no syscalls")?;
     let names = groups.iter().flat_map(|group| group["names"].as_array().into_iter().flatten());
@@ -189,7 +188,6 @@ async fn what_is_missing_is_named() -> Result<()> {
 
 #[test]
 fn what_is_deployed_is_what_the_table_says() -> Result<()> {
-    let read = |file: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file));
     let sorted = |names: &str| {
         let mut names: Vec<String> = names
             .split([' ', ',', '[', ']'])
@@ -199,14 +197,13 @@ fn what_is_deployed_is_what_the_table_says() -> Result<()> {
         names.sort();
         names
     };
-    for (file, field) in
-        [("deploy/squall-agent.service", "CapabilityBoundingSet="), ("deploy/daemonset.yaml", "add: ")]
-    {
-        let text = read(file)?;
-        let line = text.lines().find_map(|line| line.trim().strip_prefix(field)).context(file)?;
-        assert_eq!(sorted(line), all(), "{file}");
+    let unit = include_str!("../../deploy/squall-agent.service");
+    let set = include_str!("../../deploy/daemonset.yaml");
+    for (text, field) in [(unit, "CapabilityBoundingSet="), (set, "add: ")] {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(field)).context(field)?;
+        assert_eq!(sorted(line), all(), "{field}");
     }
-    let readme = read("README.md")?;
+    let readme = include_str!("../../README.md");
     for (kind, needs) in TABLE {
         let row = readme.lines().find(|line| line.starts_with(&format!("| {kind} | `CAP_"))).context(kind)?;
         for name in needs {
