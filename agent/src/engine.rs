@@ -29,6 +29,7 @@ use crate::{
     journal::{Journal, Record, boot_id, is_id},
     limits::{Invalid, Limits},
     metrics::METRICS,
+    stop::Stop,
     target::Target,
     time::{BootTime, sleep_until},
 };
@@ -39,6 +40,8 @@ const REMEMBERED: usize = 256;
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// A measurement so young is as good as a new one. However many ask, a revert does not wait behind them.
 const FRESH: Duration = Duration::from_millis(10);
+/// How often the file that stops this node is looked for.
+const STOPPED_EVERY: Duration = Duration::from_millis(250);
 /// First pause after a failed revert; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -60,6 +63,9 @@ pub enum EngineError {
     /// As many injections as allowed are live.
     #[error("{0} injections are live, and this agent allows no more; revert one first")]
     Full(usize),
+    /// Somebody stopped this node.
+    #[error("this node is stopped, and nothing may be injected; `squall stop --release` allows it again")]
+    Stopped,
     /// The host refused.
     #[error("{0:#}")]
     Host(#[from] anyhow::Error),
@@ -88,6 +94,7 @@ pub struct Engine(Arc<Shared>);
 struct Shared {
     journal: Journal,
     limits: Limits,
+    stop: Stop,
     boot_id: String,
     injections: Mutex<BTreeMap<String, Entry>>,
     changes: broadcast::Sender<v1::Injection>,
@@ -130,10 +137,11 @@ struct Status {
 
 impl Engine {
     /// An engine over a journal. What the journal holds of an earlier agent is taken back by [`Engine::replay`].
-    pub fn new(journal: Journal, limits: Limits) -> Result<Self> {
+    pub fn new(journal: Journal, limits: Limits, stop: Stop) -> Result<Self> {
         Ok(Self(Arc::new(Shared {
             journal,
             limits,
+            stop,
             boot_id: boot_id()?,
             injections: Mutex::default(),
             changes: broadcast::channel(1024).0,
@@ -180,6 +188,7 @@ impl Engine {
     ///
     /// The same order again returns what the first one did.
     pub async fn arm(&self, order: Order) -> Result<Vec<v1::Injection>, EngineError> {
+        self.0.refuse_stopped()?;
         if !is_id(&order.id) {
             let fix = "use 1 to 100 letters, digits, '.', '_' or '-', not starting with '.'";
             return Err(Invalid::new("id", &order.id, "not an id", fix).into());
@@ -189,6 +198,7 @@ impl Engine {
         let mut planned = Vec::new();
         for (n, (target, fault)) in order.targets.into_iter().zip(order.faults).enumerate() {
             let id = if many { format!("{}.{n}", order.id) } else { order.id.clone() };
+            self.0.limits.check_protected(&target.name, &target.hurt(fault.scope()))?;
             fault.check(&target, &self.0.limits)?;
             let digest = format!("{} {} {}", fault.kind().name, target.identity(), fault.summary());
             if let Some(there) = self.0.same_order(&id, &digest, order.duration, order.lease)? {
@@ -221,6 +231,7 @@ impl Engine {
 
     /// Injects what was armed, all at once. Says how each one stands then; firing twice changes nothing.
     pub async fn fire(&self, ids: &[String]) -> Result<Vec<v1::Injection>, EngineError> {
+        self.0.refuse_stopped()?;
         let entries = self.entries(ids)?;
         let fired = entries.into_iter().map(|(core, commands)| async move {
             let _gone = commands.send(Command::Fire).await;
@@ -246,6 +257,7 @@ impl Engine {
 
     /// Changes the parameters of a live injection in place.
     pub async fn update(&self, id: &str, fault: AnyFault) -> Result<v1::Injection, EngineError> {
+        self.0.refuse_stopped()?;
         let mut entries = self.entries(&[id.to_owned()])?;
         let (Some((core, commands)), true) = (entries.pop(), entries.is_empty()) else {
             let why = format!("{id} is several injections; update each by its own id");
@@ -276,6 +288,40 @@ impl Engine {
         let ids: Vec<_> = self.list().into_iter().filter(is_live).map(|i| i.id).collect();
         let reverted = self.revert(&ids, why).await.unwrap_or_default();
         reverted.into_iter().filter(is_live).collect()
+    }
+
+    /// Refuses injections from now on, also those of the next agent, and reverts everything that is live. Returns that.
+    pub async fn stop(&self) -> Result<Vec<v1::Injection>> {
+        let kept = self.0.stop.set();
+        let reverted = self.end_stopped().await;
+        kept.map(|()| reverted)
+    }
+
+    /// Allows injections again.
+    pub fn release(&self) -> Result<()> {
+        self.0.stop.release()
+    }
+
+    /// Whether injections are refused because somebody stopped this node.
+    pub fn stopped(&self) -> bool {
+        self.0.stop.is_set()
+    }
+
+    /// Reverts what is live in spite of a stop, for as long as this runs.
+    pub async fn obey_stop(&self) {
+        let mut look = tokio::time::interval(STOPPED_EVERY);
+        loop {
+            look.tick().await;
+            if self.stopped() && self.list().iter().any(is_unstopped) {
+                self.end_stopped().await;
+            }
+        }
+    }
+
+    async fn end_stopped(&self) -> Vec<v1::Injection> {
+        let ids: Vec<_> = self.list().into_iter().filter(is_live).map(|i| i.id).collect();
+        warn!(live = ids.len(), "stopped: nothing is injected until it is released");
+        self.revert(&ids, "this node was stopped").await.unwrap_or_default()
     }
 
     /// All injections, ended ones included for a while.
@@ -332,7 +378,16 @@ pub fn is_live(injection: &v1::Injection) -> bool {
     matches!(injection.state(), State::Armed | State::Active | State::Stuck)
 }
 
+/// What is stuck retries by itself.
+fn is_unstopped(injection: &v1::Injection) -> bool {
+    matches!(injection.state(), State::Armed | State::Active)
+}
+
 impl Shared {
+    fn refuse_stopped(&self) -> Result<(), EngineError> {
+        if self.stop.is_set() { Err(EngineError::Stopped) } else { Ok(()) }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Entry>> {
         self.injections.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -832,7 +887,9 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let world = World { journal: dir.path().join("journal"), ..World::default() };
             WORLDS.lock().unwrap().insert(name.to_owned(), world);
-            let engine = Engine::new(Journal::open(dir.path()).unwrap(), Limits::default()).unwrap();
+            let engine =
+                Engine::new(Journal::open(dir.path()).unwrap(), Limits::default(), Stop::new(dir.path()))
+                    .unwrap();
             let victim = Program::new("sleep").arg("60").spawn().unwrap();
             Self { name: name.to_owned(), dir, engine, victim }
         }
@@ -904,6 +961,28 @@ mod tests {
         assert_eq!(bench.records(), 0);
         bench.engine.revert(&["a".into()], "again").await.unwrap();
         assert_eq!(bench.log().len(), 3, "reverting twice does nothing more");
+    }
+
+    #[tokio::test]
+    async fn a_stop_ends_everything_and_refuses_until_it_is_released() {
+        let bench = Bench::new("stop");
+        bench.inject(bench.order("a", bench.fake())).await;
+        bench.engine.arm(bench.order("b", bench.fake())).await.unwrap();
+        let stopped = bench.engine.stop().await.unwrap();
+        assert_eq!(stopped.len(), 2);
+        assert!(stopped.iter().all(|i| i.state() == State::Reverted && i.reason == "this node was stopped"));
+        let armed = bench.engine.arm(bench.order("c", bench.fake())).await;
+        assert!(matches!(armed, Err(EngineError::Stopped)));
+        assert!(matches!(bench.engine.fire(&["b".into()]).await, Err(EngineError::Stopped)));
+        assert!(bench.engine.revert(&["a".into()], "asked").await.is_ok(), "a revert always works");
+        bench.engine.release().unwrap();
+        assert_eq!(bench.inject(bench.order("c", bench.fake())).await.state(), State::Active);
+
+        let engine = bench.engine.clone();
+        let obeying = tokio::spawn(async move { engine.obey_stop().await });
+        std::fs::write(bench.dir.path().join("stopped"), "").unwrap();
+        assert_eq!(bench.ended("c").await.reason, "this node was stopped", "a file is enough");
+        obeying.abort();
     }
 
     #[tokio::test]

@@ -130,14 +130,13 @@ impl Journal {
     pub fn write(&self, record: &Record) -> Result<()> {
         let path = self.path(&record.id)?;
         let temporary = path.with_extension("tmp");
-        let inner = serde_json::to_string(record)?;
-        let envelope = Envelope { format: FORMAT, sha256: digest(&inner), record: inner };
+        let bytes = envelope(serde_json::to_string(record)?)?;
         let attempt = || -> io::Result<()> {
             crash::step("journal.create")?;
             let mut file =
                 File::options().create(true).truncate(true).write(true).mode(0o600).open(&temporary)?;
             crash::step("journal.write")?;
-            file.write_all(&serde_json::to_vec(&envelope)?)?;
+            file.write_all(&bytes)?;
             crash::step("journal.sync")?;
             file.sync_all()?;
             crash::step("journal.rename")?;
@@ -182,16 +181,26 @@ pub fn is_id(id: &str) -> bool {
 }
 
 fn read(path: &Path) -> Result<Record> {
-    let envelope: Envelope = serde_json::from_slice(&fs::read(path)?).context("not an undo record")?;
-    ensure!(envelope.format == FORMAT, "format {}, this agent reads format {FORMAT}", envelope.format);
-    ensure!(envelope.sha256 == digest(&envelope.record), "its checksum does not match");
-    let record: Record = serde_json::from_str(&envelope.record)?;
+    let record = parse(&fs::read(path)?)?;
     ensure!(
         path.file_stem().and_then(|s| s.to_str()) == Some(&record.id),
         "it is of injection {}",
         record.id
     );
     Ok(record)
+}
+
+/// A record from the bytes of its file.
+pub fn parse(bytes: &[u8]) -> Result<Record> {
+    let envelope: Envelope = serde_json::from_slice(bytes).context("not an undo record")?;
+    ensure!(envelope.format == FORMAT, "format {}, this agent reads format {FORMAT}", envelope.format);
+    ensure!(envelope.sha256 == digest(&envelope.record), "its checksum does not match");
+    Ok(serde_json::from_str(&envelope.record)?)
+}
+
+/// The bytes of the file around the JSON of a record.
+pub fn envelope(inner: String) -> Result<Vec<u8>> {
+    Ok(serde_json::to_vec(&Envelope { format: FORMAT, sha256: digest(&inner), record: inner })?)
 }
 
 fn digest(text: &str) -> String {

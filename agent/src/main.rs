@@ -1,5 +1,7 @@
 //! `squall-agent`: build, run, drain. No logic.
 
+#![cfg_attr(fuzzing, no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
+
 mod access;
 mod clean;
 mod cost;
@@ -7,12 +9,16 @@ mod crash;
 mod engine;
 mod fault;
 mod frame;
+#[cfg(fuzzing)]
+#[path = "../../tests/fuzz/agent.rs"]
+mod fuzz;
 mod host;
 mod journal;
 mod limits;
 mod metrics;
 mod sample;
 mod server;
+mod stop;
 mod stress;
 mod target;
 mod time;
@@ -33,7 +39,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use squall_proto::v1::agent_server::AgentServer;
 use tokio::{
     net::UnixListener,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     task::JoinSet,
     time::timeout,
@@ -51,7 +57,8 @@ use crate::{
     engine::Engine,
     fault::KINDS,
     journal::Journal,
-    limits::Limits,
+    limits::{Limits, Pattern},
+    stop::Stop,
 };
 
 /// Longest message a client may send, bytes.
@@ -120,6 +127,10 @@ struct Run {
     allow_whole_node_network: bool,
     #[command(flatten)]
     access: access::Options,
+    /// Protect these processes too: the name of an executable (etcd, kube-*), or an absolute path of an executable or
+    /// a cgroup with all below it. Repeatable; pid 1, what runs and reaches the node, and this agent always are
+    #[arg(long, value_name = "PATTERN")]
+    protect: Vec<Pattern>,
 }
 
 #[derive(Debug, Clone)]
@@ -198,14 +209,16 @@ async fn run(args: Run) -> Result<()> {
         longest: Duration::from_secs(args.longest),
         most_injections: args.most_injections,
         whole_node_network: args.allow_whole_node_network,
+        protect: args.protect,
         ..Limits::default()
     };
-    let engine = Engine::new(journal, limits)?;
+    let engine = Engine::new(journal, limits, Stop::new(&args.state_dir))?;
     engine.replay(KINDS).await?;
 
     if let Some(address) = args.metrics.0 {
         metrics::serve(address, engine.clone()).await?;
     }
+    tokio::spawn(obey_stop(engine.clone(), signal(SignalKind::user_defined1())?));
     let access = Access::new(&args.access, &args.state_dir)?;
     let audit = access.audit.clone();
     let reason = format!("squall-agent {} started", env!("CARGO_PKG_VERSION"));
@@ -255,6 +268,18 @@ async fn run(args: Run) -> Result<()> {
     }
     info!("drained, nothing left behind");
     Ok(())
+}
+
+/// Stops where the file says so, or SIGUSR1.
+async fn obey_stop(engine: Engine, mut asked: Signal) {
+    let by_signal = async {
+        while asked.recv().await.is_some() {
+            if let Err(e) = engine.stop().await {
+                error!("{e:#}");
+            }
+        }
+    };
+    tokio::join!(engine.obey_stop(), by_signal);
 }
 
 /// Binds the socket so that only root can connect, and a group where one is given. Takes the place of a dead agent's

@@ -236,6 +236,7 @@ impl Agent for Server {
                 .to_owned(),
             faults: self.faults.clone(),
             resolved: found,
+            stopped: self.engine.stopped(),
             limits: Some(v1::Limits {
                 longest_ns: limits.longest.as_nanos() as u64,
                 longest_lease_ns: limits.longest_lease.as_nanos() as u64,
@@ -331,6 +332,31 @@ impl Agent for Server {
             Ok(reverted)
         });
         Ok(Response::new(v1::RevertResponse { injections: reverted.await? }))
+    }
+
+    /// Everybody may stop; that it goes on is for admins to say.
+    async fn stop(&self, request: Request<v1::StopRequest>) -> Reply<v1::StopResponse> {
+        let grant = grant(&request)?;
+        let release = request.into_inner().release;
+        let method = if release { "Release" } else { "Stop" };
+        let stopped = self.audited(entry(&grant, method), async |entry| {
+            let host = |e: anyhow::Error| refused(e.into());
+            if release {
+                if grant.role < Role::Admin {
+                    let why =
+                        format!("{} has the role {:?}, and to release takes Admin", grant.who, grant.role);
+                    return Err(Status::permission_denied(why));
+                }
+                self.allow(entry).await?;
+                self.engine.release().map_err(host)?;
+                return Ok(Vec::new());
+            }
+            let injections = self.engine.stop().await.map_err(host)?;
+            entry.ids = injections.iter().map(|injection| injection.id.clone()).collect();
+            self.audit.note(Entry { verdict: "allowed".to_owned(), ..entry.clone() });
+            Ok(injections)
+        });
+        Ok(Response::new(v1::StopResponse { injections: stopped.await? }))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
@@ -450,7 +476,7 @@ fn refused(error: EngineError) -> Status {
         EngineError::Conflict(_) => Status::already_exists(message),
         EngineError::Unknown(_) => Status::not_found(message),
         EngineError::Full(_) => Status::resource_exhausted(message),
-        EngineError::Host(_) => Status::failed_precondition(message),
+        EngineError::Stopped | EngineError::Host(_) => Status::failed_precondition(message),
     }
 }
 

@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::{
     host::{cgroup::Hierarchies, proc},
-    limits::Invalid,
+    limits::{Bystander, Invalid},
 };
 
 /// Which things on a host are meant. Parsed, so it can be resolved as it is.
@@ -546,6 +546,28 @@ impl Target {
         }
         let inode = self.netns.as_ref().map_or(0, |netns| netns.inode);
         format!("netns {inode} interface {}", self.interface.as_deref().unwrap_or("any"))
+    }
+
+    /// Who suffers from a fault of this scope: the target's process, and where the cgroup is what is taken hold of, all
+    /// that are in it.
+    #[must_use]
+    pub fn hurt(&self, scope: Scope) -> Vec<Bystander> {
+        let agent = std::process::id() as i32;
+        let ours = proc::ancestors(agent);
+        let mut pids: Vec<i32> = self.process.iter().map(|process| process.pid).collect();
+        let whole = scope == Scope::Cgroup || self.process.is_none();
+        pids.extend(self.cgroup.iter().filter(|_| whole).flat_map(Cgroup::processes));
+        pids.sort_unstable();
+        pids.dedup();
+        let bystander = |pid| Bystander {
+            pid,
+            // A name that cannot be read, as of pid 1 in some VMs, is no reason to pass it over.
+            exe: proc::exe(pid).unwrap_or_default(),
+            cgroups: proc::cgroups(pid).into_iter().flatten().map(|entry| entry.pathname.into()).collect(),
+            ours: pid == agent || ours.contains(&pid),
+            of_the_node: proc::pid_namespace(pid) == proc::pid_namespace(agent),
+        };
+        pids.into_iter().filter(|pid| !is_stressor(*pid)).map(bystander).collect()
     }
 
     /// Whether it is still there, and still the same.

@@ -312,6 +312,12 @@ impl Agent {
         Ok(self.call(REVERT, client.revert(request)).await?.injections)
     }
 
+    /// Reverts everything and has injections refused; with `release` allows them again.
+    pub(crate) async fn stop(&self, release: bool) -> Called<Vec<v1::Injection>> {
+        let mut client = self.client.clone();
+        Ok(self.call(REVERT, client.stop(v1::StopRequest { release })).await?.injections)
+    }
+
     /// The injections it holds, and those that ended lately.
     pub(crate) async fn list(&self) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();

@@ -130,6 +130,18 @@ impl Checked {
                 }
             }
         }
+        for (round, faults) in self.faults.iter().enumerate() {
+            let touched = faults.iter().filter_map(|(order, armed)| Some((order, armed.as_ref().ok()?)));
+            let touched =
+                touched.flat_map(|(order, armed)| armed.iter().map(|(agent, _)| (order.on.as_str(), *agent)));
+            if let Some((field, beyond)) = plan.limits.beyond(touched, agents.len()) {
+                problems.push(Blame {
+                    path: field.into(),
+                    message: format!("round {}: {beyond}", plan.rounds[round].name),
+                    fix: "name more agents, choose a narrower target, or agree on more".into(),
+                });
+            }
+        }
         problems
     }
 }
@@ -161,12 +173,97 @@ pub(crate) async fn check(common: &Common, path: &Path) -> Result<u8> {
     Err(plan::blame(path, &text, &problems).into())
 }
 
+/// `squall run --dry-run`: every change that the plan would make, host by host.
+pub(crate) async fn preview(common: &Common, path: &Path, seed: Option<u64>) -> Result<u8> {
+    let (text, plan) = load(path)?;
+    let agents = Agents::connect(&common.agents, Local::Start).await?;
+    let checked = dry_run(&plan, &agents.list, "dry-run", seed.or(plan.seed).unwrap_or(1)).await;
+    let list = agents.list.clone();
+    agents.stop().await?;
+    let checked = checked?;
+    let problems = checked.problems(&list, &plan);
+    if !problems.is_empty() {
+        return Err(plan::blame(path, &text, &problems).into());
+    }
+    let hosts = by_host(&plan, &list, &checked);
+    match common.output {
+        Output::Json => print_json(&hosts_json(&hosts)),
+        Output::Text => {
+            out(&hosts_text(&hosts));
+            out("nothing was changed\n");
+        }
+    }
+    Ok(exit::OK)
+}
+
+/// What would happen to one host: round, fault and injection, in order.
+struct Host<'a> {
+    node: &'a str,
+    injections: Vec<(&'a str, &'a str, &'a v1::Injection)>,
+}
+
+fn by_host<'a>(plan: &'a Plan, agents: &'a [Agent], checked: &'a Checked) -> Vec<Host<'a>> {
+    let rounds = plan.rounds.iter().zip(&checked.faults);
+    let all: Vec<_> = rounds
+        .flat_map(|(round, faults)| faults.iter().map(move |(order, armed)| (round, order, armed)))
+        .flat_map(|(round, order, armed)| {
+            armed.iter().flatten().map(move |(agent, i)| (*agent, round, order, i))
+        })
+        .collect();
+    let host = |(index, agent): (usize, &'a Agent)| {
+        let here = all.iter().filter(|(agent, ..)| *agent == index);
+        let injections = here.map(|(_, round, order, i)| (round.name.as_str(), order.summary.as_str(), *i));
+        Host { node: &agent.node, injections: injections.collect() }
+    };
+    agents.iter().enumerate().map(host).collect()
+}
+
+fn hosts_text(hosts: &[Host<'_>]) -> String {
+    let mut text = String::new();
+    for Host { node, injections } in hosts {
+        let _ = writeln!(text, "{node}: {}", several(injections.len(), "injection"));
+        for (round, fault, i) in injections {
+            let target = i.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default();
+            let _ = writeln!(text, "  {round}  {fault}\n    on {target}  by {}", i.mechanism);
+            for change in &i.changes {
+                let _ = writeln!(text, "    changes  {change}");
+            }
+            for warning in &i.warnings {
+                let _ = writeln!(text, "    ! warning  {warning}");
+            }
+        }
+    }
+    text
+}
+
+fn hosts_json(hosts: &[Host<'_>]) -> Value {
+    let injection = |(round, fault, i): &(&str, &str, &v1::Injection)| {
+        json!({
+            "round": round,
+            "fault": fault,
+            "target": i.target.as_ref().map(|t| &t.name),
+            "mechanism": i.mechanism,
+            "changes": i.changes,
+            "warnings": i.warnings,
+        })
+    };
+    let host = |h: &Host<'_>| {
+        let injections: Vec<Value> = h.injections.iter().map(injection).collect();
+        json!({ "node": h.node, "injections": injections })
+    };
+    hosts.iter().map(host).collect()
+}
+
 fn as_text(plan: &Plan, agents: &[Agent], checked: &Checked) -> String {
     let mut text = String::new();
     let longest: Duration = plan.rounds.iter().map(plan::Round::longest).sum();
     let rounds = several(plan.rounds.len(), "round");
     let nodes = several(agents.len(), "node");
-    let _ = writeln!(text, "{}: {rounds}, at most {}, {nodes}\n\nTARGETS", plan.name, time(longest));
+    let _ = writeln!(text, "{}: {rounds}, at most {}, {nodes}", plan.name, time(longest));
+    if let Some(limits) = plan.limits.line() {
+        let _ = writeln!(text, "limits: {limits}");
+    }
+    text.push_str("\nTARGETS\n");
     for (name, resolved) in &checked.targets {
         let on = resolved.iter().filter(|r| !r.targets.is_empty()).count();
         let mark = if on > 0 { "✔ ok  " } else { "✖ none" };
@@ -302,7 +399,7 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame])
     let ok = problems.is_empty();
     let problems: Vec<Value> =
         problems.iter().map(|p| json!({ "field": p.path, "problem": p.message })).collect();
-    json!({ "plan": plan.name, "ok": ok, "problems": problems, "targets": targets, "rounds": rounds, "gates": gates })
+    json!({ "plan": plan.name, "limits": plan.limits.line(), "ok": ok, "problems": problems, "targets": targets, "rounds": rounds, "gates": gates })
 }
 
 #[cfg(test)]

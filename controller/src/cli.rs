@@ -119,6 +119,9 @@ pub(crate) enum Command {
         /// Seed from which the seeds of all faults are drawn, instead of the plan's; to run again what ran before
         #[arg(long)]
         seed: Option<u64>,
+        /// Only say what would be changed, host by host, as the agents plan it
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Validate a plan, resolve its targets, ask every agent what it can do; change nothing
     Check {
@@ -138,6 +141,15 @@ pub(crate) enum Command {
         /// Everything on every agent
         #[arg(long)]
         all: bool,
+    },
+    /// Stop every agent at once: revert everything, and refuse injections, also after a restart
+    Stop {
+        /// Every agent of --agents; without it the agent of this host
+        #[arg(long, required_unless_present = "release")]
+        all: bool,
+        /// Allow injections again
+        #[arg(long, conflicts_with = "all")]
+        release: bool,
     },
     /// Agents, their nodes, and which faults work there
     Nodes,
@@ -191,6 +203,9 @@ pub(crate) struct What {
     /// Come back at once; needs an agent that keeps running, and the fault ends after --for
     #[arg(long)]
     pub detach: bool,
+    /// Only say what would be changed, host by host
+    #[arg(long, conflicts_with = "detach")]
+    pub dry_run: bool,
 }
 
 /// What to hurt. Every given term must match.

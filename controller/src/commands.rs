@@ -54,6 +54,7 @@ fn node_json(agent: &Agent) -> Value {
         "agent": about.agent_version,
         "kernel": about.kernel,
         "cgroup": about.cgroup,
+        "stopped": about.stopped,
         "faults": faults,
         "limits": about.limits.as_ref().map(|l| json!({
             "longest_seconds": l.longest_ns as f64 / 1e9,
@@ -65,8 +66,10 @@ fn node_json(agent: &Agent) -> Value {
 
 fn node_text(agent: &Agent) -> String {
     let about = &agent.about;
+    let stopped =
+        if about.stopped { "  ! stopped: nothing may be injected until squall stop --release\n" } else { "" };
     let text = format!(
-        "{}  kernel {}  cgroup {}  agent {}  {}\n",
+        "{}  kernel {}  cgroup {}  agent {}  {}\n{stopped}",
         about.node, about.kernel, about.cgroup, about.agent_version, agent.address
     );
     let mut table = table();

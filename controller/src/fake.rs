@@ -198,6 +198,10 @@ impl v1::agent_server::Agent for Service {
         Ok(Response::new(v1::RevertResponse { injections }))
     }
 
+    async fn stop(&self, _: Request<v1::StopRequest>) -> Reply<v1::StopResponse> {
+        Err(Status::unimplemented("stop"))
+    }
+
     async fn list(&self, _: Request<v1::ListRequest>) -> Reply<v1::ListResponse> {
         let injections = self.called("list")?.injections.values().cloned().collect();
         Ok(Response::new(v1::ListResponse { injections }))

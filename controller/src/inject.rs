@@ -14,7 +14,7 @@ use tokio::{
 use crate::{
     agents::{Agent, Agents, CallError, Local},
     cli::{Common, Inject, Output, exit},
-    commands::{err, injection_json, measured, out, state},
+    commands::{err, injection_json, measured, out, print_json, state},
     faults::{Armed, Held, LEASE, Order, RENEW_EVERY, left, new_id},
     plan::fault::time,
     report::figure::several,
@@ -58,11 +58,31 @@ pub(crate) async fn inject(
     };
     let local = if what.detach { Local::Refuse } else { Local::Start };
     let agents = Agents::connect(&common.agents, local).await?;
-    let result = on_agents(common, &order, what.detach, &agents.list, signals).await;
+    let result = if what.dry_run {
+        preview(common, &order, &agents.list).await
+    } else {
+        on_agents(common, &order, what.detach, &agents.list, signals).await
+    };
     let stopped = agents.stop().await;
     let code = result?;
     stopped?;
     Ok(code)
+}
+
+/// What would be changed where, which every agent knows before it happens.
+async fn preview(common: &Common, order: &Order, agents: &[Agent]) -> Result<u8> {
+    let planned = order.arm(agents, true).await?;
+    match common.output {
+        Output::Json => {
+            let list: Vec<_> = planned.iter().map(|(a, i)| injection_json(&agents[*a].node, i)).collect();
+            print_json(&json!({ "event": "planned", "fault": order.summary, "injections": list }));
+        }
+        Output::Text => {
+            out(&injected(agents, order, &planned));
+            out("nothing was changed\n");
+        }
+    }
+    Ok(exit::OK)
 }
 
 async fn on_agents(

@@ -1,5 +1,7 @@
 //! `squall`: runs plans of faults against agents and gives a verdict.
 
+#![cfg_attr(fuzzing, no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
+
 mod agents;
 mod certs;
 mod check;
@@ -11,6 +13,9 @@ mod event;
 mod fake;
 mod faults;
 mod fold;
+#[cfg(fuzzing)]
+#[path = "../../tests/fuzz/controller.rs"]
+mod fuzz;
 mod gate;
 mod gauges;
 mod inject;
@@ -24,6 +29,7 @@ mod round;
 mod run;
 mod signals;
 mod stats;
+mod stop;
 mod store;
 mod wrong;
 
@@ -96,8 +102,12 @@ fn command(cli: &Cli) -> Result<u8> {
             }
             Command::Status => commands::status(common).await,
             Command::Revert { ids, all } => commands::revert(common, ids, *all).await,
+            Command::Stop { all: _, release } => stop::stop(common, *release).await,
             Command::Nodes => commands::nodes(common).await,
-            Command::Run { plan, seed } => run::run(common, plan, *seed, signals::follow()?).await,
+            Command::Run { plan, dry_run: true, seed } => check::preview(common, plan, *seed).await,
+            Command::Run { plan, seed, dry_run: false } => {
+                run::run(common, plan, *seed, signals::follow()?).await
+            }
             Command::Report { run, format } => commands::report(common, run, *format),
             Command::Certs(_) | Command::ExitCodes => Ok(exit::OK),
         }

@@ -35,6 +35,7 @@ pub(crate) fn blame(file: &Path, text: &str, problems: &[Blame]) -> Invalid {
 
 mod cover;
 pub(crate) mod fault;
+mod limits;
 pub(crate) mod network;
 mod read;
 mod tree;
@@ -42,6 +43,7 @@ pub(crate) mod units;
 
 pub(crate) use self::{
     cover::warnings,
+    limits::{Abort, Limits},
     network::{Address, Protocol},
     tree::Invalid,
 };
@@ -78,6 +80,8 @@ pub(crate) struct Plan {
     pub rounds: Vec<Round>,
     /// Gates over the whole run.
     pub gates: Vec<Gate>,
+    /// How much it may touch, and when it has to stop.
+    pub limits: Limits,
     /// What a failed gate leads to.
     pub on_fail: OnFail,
 }

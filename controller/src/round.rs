@@ -22,12 +22,14 @@ use crate::{
     faults::{Held, NotArmed, RENEW_EVERY, as_event, figures},
     gate,
     log::Log,
-    plan::{Blame, Plan, Probe},
+    plan::{Abort, Blame, Plan, Probe},
     signals::{Asked, asked},
 };
 
 /// Arming reads the host and may take a while; what is armed waits for at most one lease.
 const ARM_AHEAD: f64 = 2.0;
+/// How often the abort gate looks at what the probes told.
+const ABORT_EVERY: Duration = Duration::from_millis(100);
 /// The last requests of a round are answered, or time out, this long after their limit at the latest.
 const SETTLE: Duration = Duration::from_secs(3);
 /// A revert that failed is tried this often before the run gives up on it. The agent goes on by itself.
@@ -58,6 +60,9 @@ pub(crate) enum Stopped {
     /// A host is not as it was.
     #[error("{0}")]
     Stuck(String),
+    /// A safety limit was reached.
+    #[error("{0}")]
+    Limit(String),
     /// The plan cannot run here. Nothing was injected.
     #[error("{}", .0.iter().map(|p| p.message.as_str()).collect::<Vec<_>>().join("; "))]
     Wrong(Vec<Blame>),
@@ -211,6 +216,9 @@ async fn phases(
     guard.during(clock.wait_until(start)).await?;
     log.record_at(start, What::RoundStarted { round });
     log.record_at(start, What::PhaseStarted { round, phase: Phase::Baseline });
+    if let Some(abort) = context.plan.limits.abort.clone() {
+        beside.spawn(obey(Arc::clone(context), abort, start));
+    }
 
     let mut fault_at = start + plan.baseline.as_secs_f64();
     guard.during(clock.wait_until((fault_at - ARM_AHEAD).max(start))).await?;
@@ -232,6 +240,18 @@ async fn phases(
     guard.during(settle(context, round, end)).await
 }
 
+/// Ends the run where users see more than the plan allows.
+async fn obey(context: Arc<Context>, abort: Abort, start: f64) {
+    loop {
+        if let Some(why) = context.log.with(|run| abort.reached(run, start)) {
+            // Nobody listens any more once the run has ended.
+            let _ = context.trouble.send(Stopped::Limit(why));
+            return;
+        }
+        sleep(ABORT_EVERY).await;
+    }
+}
+
 /// Arms every fault of the round. Gives the target's name for each injection.
 async fn arm(
     context: &Context,
@@ -250,6 +270,12 @@ async fn arm(
         })?;
         tracker.lock().held.add(&armed);
         on.extend(armed.into_iter().map(|(agent, i)| ((agent, i.id), order.on.clone())));
+    }
+    // What was checked before the run may be more by now.
+    let touched = on.iter().map(|((agent, _), target)| (target.as_str(), *agent));
+    if let Some((field, beyond)) = context.plan.limits.beyond(touched, context.agents.len()) {
+        let name = &context.plan.rounds[round].name;
+        return Err(Stopped::Limit(format!("{field}: round {name}: {beyond}")));
     }
     Ok(on)
 }

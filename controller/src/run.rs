@@ -132,7 +132,7 @@ fn conclude(common: &Common, log: &Log, plan: (&Path, &str), ended: &Ended) -> R
     let tally = format!("{reverted} of {injected} reverted");
     let (verdict, reason, code) = match ended {
         Ok((verdict, reason)) => (*verdict, reason.clone(), verdict.exit_code()),
-        Err(stopped @ (Stopped::Person | Stopped::Lost(_) | Stopped::Stuck(_))) => {
+        Err(stopped @ (Stopped::Person | Stopped::Lost(_) | Stopped::Stuck(_) | Stopped::Limit(_))) => {
             (Verdict::Aborted, format!("{stopped}; {tally}"), exit::ABORTED)
         }
         Err(stopped @ Stopped::Wrong(_)) => {

@@ -36,6 +36,8 @@ pub struct AgentOptions<'a> {
     pub state_dir: Option<&'a Path>,
     /// The directory by which a test says where this agent is killed or fails (agent/src/crash.rs).
     pub crash: Option<&'a Path>,
+    /// A command that becomes the agent, such as setpriv with its arguments.
+    pub under: &'a [&'a str],
 }
 
 /// A running agent. It is killed when this is dropped, and what it kept in its state directory is gone.
@@ -56,7 +58,10 @@ impl Agent {
         if !binary.exists() {
             bail!("no {}: run cargo xtask build", binary.display());
         }
-        let mut command = options.netns.map_or_else(|| Command::new(&binary), |netns| netns.command(&binary));
+        let mut words = options.under.iter().map(AsRef::as_ref).chain([binary.as_os_str()]);
+        let program = words.next().context("no program")?;
+        let mut command = options.netns.map_or_else(|| Command::new(program), |netns| netns.command(program));
+        command.args(words);
         command.envs(options.crash.map(|dir| ("SQUALL_CRASH", dir)));
         let state_dir = options.state_dir.map_or_else(|| dir.path().join("state"), Path::to_owned);
         command.arg("--socket").arg(socket(dir.path())).arg("--state-dir").arg(&state_dir);

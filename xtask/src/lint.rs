@@ -1,15 +1,18 @@
-//! Formatting, lints and documentation. Nothing may warn.
+//! Formatting, dependencies, lints and documentation. Nothing may warn.
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use crate::{setup, tools};
+use crate::{setup, tools, workspace};
 
 /// Runs everything; the first that fails ends it.
 pub(crate) fn run() -> Result<ExitCode> {
-    setup::ensure(setup::BUILD)?;
+    setup::ensure(setup::LINT)?;
     tools::show(&mut tools::cargo(["fmt", "--all", "--check"]))?;
+    let deny = setup::deny().context("there is no cargo-deny")?;
+    let check = ["--locked", "--log-level", "error", "check", "bans", "licenses", "sources"];
+    tools::show(Command::new(deny).args(check).current_dir(workspace()))?;
     let clippy = ["--all-targets", "--", "-D", "warnings"];
     tools::show(&mut tools::cargo(["clippy"].iter().chain(&tools::HOST_CRATES).chain(&clippy)))?;
     // A program without std brings its own panic handler, which for the host needs panics that abort.

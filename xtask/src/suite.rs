@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{builds, setup, tools, vm, workspace};
+use crate::{builds, fuzz, setup, tools, vm, workspace};
+
+/// Time for each target: enough to try the corpora and what is near them.
+const FUZZ_SECONDS: u64 = 5;
 
 /// What cargo's test harness counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,6 +31,11 @@ pub(crate) fn run() -> Result<ExitCode> {
     let unit = ["--no-fail-fast", "--exclude", "squall-tests"];
     let mut unit = tools::cargo(["test"].iter().chain(&tools::HOST_CRATES).chain(&unit));
     total.run("unit tests", &mut unit, &mut failures)?;
+
+    let fuzz = fuzz::Options { seconds: FUZZ_SECONDS, ..fuzz::Options::default() };
+    if let Err(e) = fuzz::run(&fuzz) {
+        failures.push(format!("fuzzing: {e:#}"));
+    }
 
     if let Err(e) = squall_lab::need_root() {
         failures.push(format!("the privileged tests: not run, {e}"));

@@ -30,12 +30,13 @@ pub enum Role {
 }
 
 /// Every method there is, and the least role for it. What is not in here is for [`Role::Admin`].
-const METHODS: [(&str, Role); 12] = [
+const METHODS: [(&str, Role); 13] = [
     ("/grpc.health.v1.Health/Check", Role::Revert),
     ("/grpc.health.v1.Health/Watch", Role::Revert),
     ("/squall.v1.Agent/Describe", Role::Revert),
     ("/squall.v1.Agent/List", Role::Revert),
     ("/squall.v1.Agent/Revert", Role::Revert),
+    ("/squall.v1.Agent/Stop", Role::Revert),
     ("/squall.v1.Agent/Watch", Role::Observe),
     ("/squall.v1.Agent/Sample", Role::Observe),
     ("/squall.v1.Agent/Arm", Role::Inject),

@@ -17,7 +17,7 @@ use super::{
     stressing::{self, Trial, figure},
 };
 use crate::{
-    host::{cgroup::Hierarchies, proc},
+    host::{caps::Capability, cgroup::Hierarchies, proc},
     limits::{Invalid, Limits},
     stress::{Kind, Report, Stressor, Work, end_all},
     target::{Scope, Target},
@@ -109,6 +109,7 @@ impl CpuFault {
 
 impl Fault for CpuFault {
     const KIND: &'static str = "cpu";
+    const NEEDS: &'static [Capability] = &[Capability::SysPtrace];
     type Undo = Undo;
     type Held = Held;
     type Proto = v1::CpuFault;

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     host::{
+        caps::Capability,
         cgroup::{Hierarchies, Memory, node_memory},
         proc,
     },
@@ -180,6 +181,7 @@ fn own_limits() -> Option<std::path::PathBuf> {
 
 impl Fault for MemoryFault {
     const KIND: &'static str = "memory";
+    const NEEDS: &'static [Capability] = &[Capability::SysPtrace, Capability::IpcLock];
     type Undo = Undo;
     type Held = Held;
     type Proto = v1::MemoryFault;

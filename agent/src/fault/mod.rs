@@ -10,6 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use squall_proto::v1;
 
 use crate::{
+    host::caps::Capability,
     limits::{Invalid, Limits},
     target::{Scope, Target},
     time::BootTime,
@@ -35,6 +36,8 @@ pub use registry::{AnyFault, AnyHeld, KINDS, Kind};
 pub trait Fault: Sized + Send + Sync + 'static {
     /// On the wire, in metrics, in the journal.
     const KIND: &'static str;
+    /// Without these it does not work at all.
+    const NEEDS: &'static [Capability] = &[];
     /// Everything `revert` needs, as plain data: a restarted agent reverts with it what a dead one injected.
     type Undo: Serialize + DeserializeOwned + Send + Sync + 'static;
     /// Kernel handles that end the fault when dropped.

@@ -39,6 +39,7 @@ use crate::{
     frame::Dns,
     host::{
         bpf::{Hook, remove_filters},
+        caps::Capability,
         line::{self, Line},
         netns::Netns,
         port::{Figures, Holder, Key, Owned, Spec, Support, localnet, place, random, settle},
@@ -213,6 +214,7 @@ impl Live {
 
 impl Fault for Network {
     const KIND: &'static str = "network";
+    const NEEDS: &'static [Capability] = &[Capability::SysAdmin, Capability::NetAdmin, Capability::SysPtrace];
     type Undo = Undo;
     type Held = Held;
     type Proto = v1::NetworkFault;

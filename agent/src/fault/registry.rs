@@ -9,6 +9,7 @@ use squall_proto::v1;
 
 use super::{Fault, Planned, Window};
 use crate::{
+    host::caps,
     limits::{Invalid, Limits},
     target::{Scope, Target},
     time::BootTime,
@@ -57,7 +58,7 @@ impl Kind {
         Self {
             name: F::KIND,
             revert: |undo| Box::pin(revert::<F>(undo)),
-            describe: || Box::pin(F::describe()),
+            describe: || Box::pin(describe::<F>()),
         }
     }
 
@@ -69,6 +70,13 @@ impl Kind {
     /// Whether and how this kind works on this node.
     pub async fn describe(&self) -> v1::FaultSupport {
         (self.describe)().await
+    }
+}
+
+async fn describe<F: Fault>() -> v1::FaultSupport {
+    match caps::missing(F::NEEDS) {
+        None => F::describe().await,
+        Some(reason) => v1::FaultSupport { kind: F::KIND.to_owned(), reason, ..v1::FaultSupport::default() },
     }
 }
 

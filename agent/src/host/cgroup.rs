@@ -52,7 +52,8 @@ impl Hierarchies {
         Ok(Self::parse(&fs::read_to_string("/proc/self/mountinfo")?))
     }
 
-    fn parse(mountinfo: &str) -> Self {
+    /// From the text of a mountinfo file.
+    pub fn parse(mountinfo: &str) -> Self {
         let mounts = mountinfo.lines().filter_map(|line| MountInfo::from_line(line).ok());
         let hierarchies = mounts.filter_map(|mount| {
             let version = match mount.fs_type.as_str() {
@@ -356,12 +357,19 @@ pub fn node_memory() -> io::Result<(u64, u64)> {
     Ok((total * 1024, available * 1024))
 }
 
+/// The most CPUs of a list: those that Linux can be built for (`NR_CPUS_RANGE_END`, arch/x86/Kconfig, 6.1).
+pub const MOST_CPUS: usize = 8192;
+
 /// A list of CPUs: `0-2,5`.
 pub fn parse_cpus(text: &str) -> Option<Vec<usize>> {
     let mut cpus = Vec::new();
     for part in text.split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
-        cpus.extend(first.parse::<usize>().ok()?..=last.parse::<usize>().ok()?);
+        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
+        if last >= MOST_CPUS || cpus.len() + (last + 1).saturating_sub(first) > MOST_CPUS {
+            return None;
+        }
+        cpus.extend(first..=last);
     }
     (!cpus.is_empty()).then_some(cpus)
 }
@@ -393,12 +401,12 @@ fn read_number(path: &Path) -> Option<u64> {
 }
 
 /// The value of a line `key value`.
-fn flat_key(text: &str, key: &str) -> Option<u64> {
+pub fn flat_key(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
 /// `cpu.max`: `200000 100000`, or `max 100000` for none.
-fn parse_cpu_max(text: &str) -> Option<f64> {
+pub fn parse_cpu_max(text: &str) -> Option<f64> {
     let (quota, period) = text.trim().split_once(' ')?;
     parse_cfs(quota, period)
 }
@@ -540,6 +548,8 @@ mod tests {
     #[case("7", Some(vec![7]))]
     #[case("", None)]
     #[case("a-b", None)]
+    #[case("0-18446744073709551615", None)]
+    #[case("0-8191,0-8191", None)]
     fn cpu_lists(#[case] list: &str, #[case] cpus: Option<Vec<usize>>) {
         assert_eq!(parse_cpus(list.trim()), cpus);
     }

@@ -1,6 +1,7 @@
 //! Thin, safe faces over the kernel. The only unsafe code of the agent.
 
 pub mod bpf;
+pub mod caps;
 pub mod cgroup;
 pub mod line;
 #[expect(unsafe_code, reason = "maps and locks memory")]

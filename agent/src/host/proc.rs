@@ -39,7 +39,17 @@ pub fn stat(pid: i32) -> Option<Stat> {
 
 /// /proc/PID/stat, also of a process that has ended and was not waited for.
 pub fn any_stat(pid: i32) -> Option<Stat> {
-    Stat::from_file(format!("/proc/{pid}/stat")).ok()
+    parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// What /proc/PID/stat holds. The crate panics where the name is not in its place: `PID (NAME) STATE …`.
+pub fn parse_stat(bytes: &[u8]) -> Option<Stat> {
+    let open = bytes.iter().position(|byte| *byte == b'(')?;
+    let close = bytes.iter().rposition(|byte| *byte == b')').filter(|close| open < *close)?;
+    let shaped = bytes.first().is_some_and(u8::is_ascii_digit)
+        && bytes[..open].ends_with(b" ")
+        && matches!(bytes[close..], [_, b' ', state, ..] if state.is_ascii_alphabetic());
+    shaped.then(|| Stat::from_read(bytes).ok()).flatten()
 }
 
 /// Whether a thread of the kernel's own.
@@ -55,7 +65,8 @@ pub fn exe(pid: i32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok().map(|path| undelete(&path))
 }
 
-fn undelete(path: &Path) -> PathBuf {
+/// A path without the mark of [`exe`].
+pub fn undelete(path: &Path) -> PathBuf {
     let bytes = path.as_os_str().as_bytes();
     PathBuf::from(OsStr::from_bytes(bytes.strip_suffix(b" (deleted)").unwrap_or(bytes)))
 }
@@ -65,7 +76,8 @@ pub fn arguments(pid: i32) -> Vec<String> {
     fs::read(format!("/proc/{pid}/cmdline")).map(|bytes| split_arguments(&bytes)).unwrap_or_default()
 }
 
-fn split_arguments(bytes: &[u8]) -> Vec<String> {
+/// The arguments in what /proc/PID/cmdline holds.
+pub fn split_arguments(bytes: &[u8]) -> Vec<String> {
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
     if bytes.is_empty() {
         return Vec::new();
@@ -90,6 +102,11 @@ pub fn ancestors(pid: i32) -> Vec<i32> {
         next = any_stat(next).map_or(0, |stat| stat.ppid);
     }
     line
+}
+
+/// The pid namespace of a process, by its inode.
+pub fn pid_namespace(pid: i32) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/ns/pid")).ok().map(|meta| std::os::unix::fs::MetadataExt::ino(&meta))
 }
 
 /// What /proc/PID/cgroup says.
@@ -172,6 +189,18 @@ mod tests {
     fn arguments_are_split_at_nul_and_may_be_empty() {
         assert_eq!(split_arguments(b"redis\0--port\0\x006379\0"), ["redis", "--port", "", "6379"]);
         assert_eq!(split_arguments(b""), [""; 0]);
+    }
+
+    /// Found by fuzzing: the first two made the crate panic.
+    #[test]
+    fn what_is_no_stat_is_none() {
+        for text in ["x (deleted)", ") 1 (a", "(a) S 1", "1 (a) ", "1 (a)", "1(a) S 1", "1 (a) S 1", ""] {
+            assert!(parse_stat(text.as_bytes()).is_none(), "{text:?}");
+        }
+        let own = fs::read_to_string("/proc/self/stat").unwrap();
+        let (_, fields) = own.rsplit_once(')').unwrap();
+        let odd = [b"7 (a) (\xff S ".as_slice(), b"b)", fields.as_bytes()].concat();
+        assert_eq!(parse_stat(&odd).unwrap().comm, "a) (\u{fffd} S b");
     }
 
     #[test]

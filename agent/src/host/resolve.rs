@@ -143,8 +143,7 @@ impl Resolver {
         if !found.is_empty() {
             return Ok(found);
         }
-        let (mut conf, _) = Config::parse_with_errors(conf.as_bytes());
-        conf.glibc_normalize();
+        let conf = parse_conf(&conf);
         let name = Name::from_ascii(name)?;
         // The sockets are made on the thread that entered the namespace.
         self.netns.run(|| {
@@ -152,6 +151,13 @@ impl Resolver {
             runtime.block_on(ask(&conf, &name))
         })
     }
+}
+
+/// What a resolv.conf says; what is wrong in it counts as absent, as glibc has it.
+pub fn parse_conf(text: &str) -> Config {
+    let (mut conf, _) = Config::parse_with_errors(text.as_bytes());
+    conf.glibc_normalize();
+    conf
 }
 
 /// Asks one server after the other until one knows, or says that there is nothing to know.
@@ -207,7 +213,7 @@ async fn ask_one(
 }
 
 /// The addresses that a hosts file gives a name, ascending, each once.
-fn in_hosts(hosts: &str, name: &str) -> Vec<IpAddr> {
+pub fn in_hosts(hosts: &str, name: &str) -> Vec<IpAddr> {
     let mut found = Vec::new();
     for line in hosts.lines() {
         let mut words = line.split('#').next().unwrap_or_default().split_whitespace();

@@ -131,30 +131,38 @@ fn dump<T>(request: Vec<u8>, sockets: &mut Vec<T>, parse: impl Fn(&[u8]) -> Opti
 
     loop {
         let (bytes, _) = netlink.recv_from_full().context("receiving from netlink")?;
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let reply = NetlinkMessage::<Body>::deserialize(rest).context("reading what netlink sent")?;
-            let length = (reply.header.length as usize).next_multiple_of(4).clamp(16, rest.len());
-            rest = &rest[length..];
-            match reply.payload {
-                NetlinkPayload::InnerMessage(Body(body)) => sockets.extend(parse(&body)),
-                // A list that ends in an error says so here: ENOENT where there is no tcp_diag.
-                NetlinkPayload::Done(done) if done.code < 0 => {
-                    return Err(io::Error::from_raw_os_error(-done.code)).context("the kernel's answer");
-                }
-                NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::Error(e) => return Err(e.to_io()).context("the kernel's answer"),
-                _ => bail!("netlink lost messages"),
-            }
-            if sockets.len() >= MOST {
-                return Ok(());
-            }
+        if take(&bytes, sockets, &parse)? {
+            return Ok(());
         }
     }
 }
 
+/// Adds what the sockets in one of netlink's datagrams say. Whether it was the last, or there are enough.
+pub fn take<T>(datagram: &[u8], sockets: &mut Vec<T>, parse: impl Fn(&[u8]) -> Option<T>) -> Result<bool> {
+    let mut rest = datagram;
+    while !rest.is_empty() {
+        let reply = NetlinkMessage::<Body>::deserialize(rest).context("reading what netlink sent")?;
+        let length = (reply.header.length as usize).next_multiple_of(4).clamp(16, rest.len());
+        rest = &rest[length..];
+        match reply.payload {
+            NetlinkPayload::InnerMessage(Body(body)) => sockets.extend(parse(&body)),
+            // A list that ends in an error says so here: ENOENT where there is no tcp_diag.
+            NetlinkPayload::Done(done) if done.code < 0 => {
+                return Err(io::Error::from_raw_os_error(-done.code)).context("the kernel's answer");
+            }
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::Error(e) => return Err(e.to_io()).context("the kernel's answer"),
+            _ => bail!("netlink lost messages"),
+        }
+        if sockets.len() >= MOST {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// A socket, from `struct inet_diag_msg` and its attributes; none where it reports no `struct tcp_info`.
-fn parse(body: &[u8]) -> Option<TcpSocket> {
+pub fn parse(body: &[u8]) -> Option<TcpSocket> {
     let (message, attributes) = body.split_at_checked(INET_DIAG_MSG)?;
     let end = |port: usize, address: usize| {
         let ip = if i32::from(message[0]) == libc::AF_INET {

@@ -102,6 +102,7 @@ impl Lab {
             probes: probes.into_iter().map(|(n, p)| (n.to_owned(), p)).collect(),
             rounds: (0..rounds).map(round).collect(),
             gates: vec![],
+            limits: plan::Limits::default(),
             on_fail: plan::OnFail::Block,
         };
         let mut lab = Self { plan, events: vec![], seconds: (baseline, hold, recovery) };

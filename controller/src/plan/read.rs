@@ -7,8 +7,8 @@ use clap::{ValueEnum, builder::PossibleValue};
 use crate::outline;
 
 use super::{
-    Expect, Fault, Gate, JsonCheck, JsonPath, JsonStep, Load, Measure, OnFail, Plan, Probe, Round, Scrape,
-    Target,
+    Abort, Expect, Fault, Gate, JsonCheck, JsonPath, JsonStep, Limits, Load, Measure, OnFail, Plan, Probe,
+    Round, Scrape, Target,
     fault::{Cpu, Memory, Size},
     tree::{At, Fields, did_you_mean},
     units::{self, Wrong},
@@ -48,6 +48,7 @@ pub(super) fn plan(root: &At<'_>) -> Option<Plan> {
     let probes = top.get("probes").map(|at| named(&at, "probes by name", |at| probe(at, &names)));
     let names = Names { probes: probes.unwrap_or_default(), ..names };
     let plan_gates = top.get("gates").map(|at| gates(&at, &names)).unwrap_or_default();
+    let limits = top.get("limits").map_or(Some(Limits::default()), |at| limits(&at, &names));
     let rounds = top.require("rounds", "[ { name: …, hold: 60s, faults: [ … ], gates: [ … ] } ]");
     let rounds = rounds.and_then(|at| rounds_of(&at, &names, !plan_gates.is_empty()));
     let on_fail = top.get("decision").map_or(Some(OnFail::default()), |at| decision(&at));
@@ -66,6 +67,7 @@ pub(super) fn plan(root: &At<'_>) -> Option<Plan> {
         probes: names.probes.into_iter().map(|(name, probe)| Some((name, probe?))).collect::<Option<_>>()?,
         rounds: rounds?,
         gates: plan_gates,
+        limits: limits?,
         on_fail: on_fail?,
     })
 }
@@ -89,6 +91,28 @@ fn decision(at: &At<'_>) -> Option<OnFail> {
     });
     fields.finish();
     on_fail
+}
+
+fn limits(at: &At<'_>, names: &Names) -> Option<Limits> {
+    let mut fields = at.fields("{ nodes: 50%, injections: 4, abort: { probe: …, errors: 20%, for: 3s } }")?;
+    let nodes = maybe(&mut fields, "nodes", |at| positive(at, share(at)?));
+    let injections = maybe(&mut fields, "injections", |at| match at.int("a number of injections")? {
+        0 => at.refuse("no round could run", "give at least 1, or leave it out"),
+        most => Some(most),
+    });
+    let abort = maybe(&mut fields, "abort", |at| {
+        let mut fields = at.fields("{ probe: the name of a load probe, errors: 20%, for: 3s }")?;
+        let probe = probe_of(&mut fields, names, "errors");
+        let errors = fields.require("errors", "20%").and_then(|at| share(&at));
+        let window = fields.require("for", "3s").and_then(|at| match whole_seconds(&at)? {
+            Duration::ZERO => at.refuse("nothing is seen in no time", "give at least 1s"),
+            window => Some(window),
+        });
+        fields.finish();
+        Some(Abort { probe: probe?, errors: errors?, window: window? })
+    });
+    fields.finish();
+    Some(Limits { nodes: nodes?, injections: injections?, abort: abort? })
 }
 
 /// Entries by name, each read by `read`; one that could not be read stays as none.

@@ -109,7 +109,7 @@ fn fields_that_are_not_built_yet_are_unknown() {
     plan.yaml:4:1: tier: unknown field `tier`
        |
      4 | tier: core
-       | ^^^^ known here: apiVersion, kind, metadata, seed, targets, probes, gates, rounds, decision
+       | ^^^^ known here: apiVersion, kind, metadata, seed, targets, probes, gates, limits, rounds, decision
 
     1 error in plan.yaml
     "#);

@@ -6,18 +6,18 @@ use std::collections::BTreeMap;
 
 /// What a line of samples says.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Sample {
-    pub(super) name: String,
-    pub(super) labels: BTreeMap<String, String>,
-    pub(super) value: f64,
+pub(crate) struct Sample {
+    pub(crate) name: String,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) value: f64,
 }
 
 /// A page of metrics.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Page {
+pub(crate) struct Page {
     /// Types by family: `counter`, `gauge`, `histogram`, …
-    pub(super) types: BTreeMap<String, String>,
-    pub(super) samples: Vec<Sample>,
+    pub(crate) types: BTreeMap<String, String>,
+    pub(crate) samples: Vec<Sample>,
 }
 
 /// Parses a page.
@@ -25,7 +25,7 @@ pub(super) struct Page {
 /// # Errors
 ///
 /// The number of the first line that is none of the format, and what is wrong with it.
-pub(super) fn parse(text: &str) -> Result<Page, String> {
+pub(crate) fn parse(text: &str) -> Result<Page, String> {
     let mut page = Page::default();
     for (number, line) in text.lines().enumerate() {
         let line = line.trim();

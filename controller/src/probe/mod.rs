@@ -4,7 +4,7 @@
 //! measures of the agents come as samples of targets and are turned into gauges where those arrive, so there is no
 //! task for them here.
 
-mod exposition;
+pub(crate) mod exposition;
 mod load;
 mod scrape;
 

@@ -1,0 +1,155 @@
+//! What libFuzzer runs in place of `main` in a build with `--cfg fuzzing`: the agent's parsers, the one that
+//! `SQUALL_FUZZ` names. Each takes any bytes without a panic, and keeps what is asserted.
+
+use std::{env, path::Path, sync::LazyLock, time::Duration};
+
+use etherparse::SlicedPacket;
+use libfuzzer_sys::fuzz_target;
+use procfs::{FromBufRead, ProcessCGroups};
+use prost::Message;
+use squall_common::{packet, quantiles::Quantiles, table::Direction};
+use squall_proto::v1;
+
+use crate::{
+    fault::AnyFault,
+    frame::{self, Dns, DnsAnswer, Verdict},
+    host::{
+        cgroup::{self, Hierarchies},
+        proc, resolve, sockets,
+    },
+    journal,
+    limits::Limits,
+    target::Selector,
+};
+
+static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| match env::var("SQUALL_FUZZ").as_deref() {
+    Ok("arm") => arm,
+    Ok("cgroup") => cgroup,
+    Ok("frame") => frame,
+    Ok("journal") => journal,
+    Ok("packet") => packet,
+    Ok("proc") => proc,
+    Ok("resolve") => resolve,
+    Ok("sockets") => sockets,
+    Ok("table") => table,
+    other => panic!("SQUALL_FUZZ is {other:?}, which is no directory of tests/fuzz/corpus/squall-agent"),
+});
+
+fuzz_target!(|data: &[u8]| TARGET(data));
+
+/// An order as it comes from a client.
+fn arm(data: &[u8]) {
+    let Ok(request) = v1::ArmRequest::decode(data) else { return };
+    let _ = journal::is_id(&request.id);
+    let times = (Duration::from_nanos(request.duration_ns), Duration::from_nanos(request.lease_ns));
+    let _ = Limits::default().check_times(times.0, times.1);
+    if let Some(target) = request.target
+        && let Ok(selector) = Selector::parse(target)
+    {
+        assert!(!selector.to_string().is_empty());
+    }
+    if let Some(fault) = request.fault
+        && let Ok(fault) = AnyFault::parse(fault)
+    {
+        assert!(!fault.summary().is_empty());
+        let _ = fault.scope();
+    }
+}
+
+fn cgroup(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let (mounts, rest) = text.split_once("\n\n").unwrap_or((&text, ""));
+    let hierarchies = Hierarchies::parse(mounts);
+    assert!(["v1", "v2", "hybrid", "none"].contains(&hierarchies.kind()));
+    if let Ok(cgroups) = ProcessCGroups::from_buf_read(rest.as_bytes()) {
+        let _ = hierarchies.of_process(&cgroups);
+    }
+    let _ = hierarchies.by_path(Path::new(rest));
+    if let Some(cpus) = cgroup::parse_cpus(&text) {
+        assert!((1..=cgroup::MOST_CPUS).contains(&cpus.len()));
+    }
+    assert!(cgroup::parse_cpu_max(&text).is_none_or(|cpus| cpus > 0.0));
+    let _ = cgroup::flat_key(&text, "oom_kill");
+}
+
+fn frame(data: &[u8]) {
+    let Some((draw, bytes)) = data.split_first_chunk() else { return };
+    let draw = u64::from_le_bytes(*draw);
+    let mut changed = bytes.to_vec();
+    let flipped = frame::corrupt(&mut changed, draw);
+    let bits: u32 = bytes.iter().zip(&changed).map(|(a, b)| (a ^ b).count_ones()).sum();
+    assert_eq!(bits, u32::from(flipped));
+    frame::corrupt_silently(&mut bytes.to_vec(), draw);
+    if let Some(answer) = frame::refusal(bytes) {
+        SlicedPacket::from_ethernet(&answer).expect("a refusal is a packet");
+        assert_eq!(frame::refusal(&answer), None, "an answer that is answered never ends");
+    }
+    for reset in frame::resets(bytes).into_iter().flatten() {
+        SlicedPacket::from_ethernet(&reset).expect("a reset is a packet");
+        assert_eq!(frame::resets(&reset), None, "a reset that is reset never ends");
+    }
+    let addresses = DnsAnswer::Addresses(vec![[192, 0, 2, 1].into(), [0; 16].into()]);
+    for answer in [DnsAnswer::NxDomain, DnsAnswer::ServFail, addresses] {
+        let names = if draw & 1 == 0 { Vec::new() } else { vec!["*.example.com".to_owned()] };
+        let dns = Dns { names, answer, delay: Duration::ZERO };
+        if let Verdict::Answer(answer) = dns.judge(bytes) {
+            assert_eq!(dns.judge(&answer), Verdict::Pass, "an answer is no query");
+        }
+    }
+}
+
+fn journal(data: &[u8]) {
+    let _ = journal::parse(data);
+    // With a checksum that no mutation would find.
+    let Ok(inner) = str::from_utf8(data) else { return };
+    let envelope = journal::envelope(inner.to_owned()).expect("text is JSON");
+    if let Ok(record) = journal::parse(&envelope) {
+        let again = serde_json::to_string(&record).expect("a record is JSON");
+        let envelope = journal::envelope(again).expect("text is JSON");
+        assert_eq!(journal::parse(&envelope).expect("what is written can be read"), record);
+    }
+}
+
+fn packet(data: &[u8]) {
+    let Some(([high, low, vlan, offset], bytes)) = data.split_first_chunk() else { return };
+    let (ethertype, vlan) = (u16::from_be_bytes([*high, *low]), (*vlan).into());
+    let parse = |way| packet::parse(bytes, ethertype, vlan, (*offset).into(), way);
+    let (Some(out), Some(back)) = (parse(Direction::Egress), parse(Direction::Ingress)) else { return };
+    assert!(out.dscp < 64 && out.fragment < 2 && out.kind < 4);
+    assert_eq!(out.map(|n| n), out, "every number is within its mask");
+    assert_eq!(out.ports(), back.ports().map(|(peer, own)| (own, peer)));
+}
+
+fn proc(data: &[u8]) {
+    let _ = proc::parse_stat(data);
+    assert!(proc::split_arguments(data).len() <= data.len());
+    let text = String::from_utf8_lossy(data);
+    proc::undelete(Path::new(&*text));
+    let _ = proc::injection_of(&proc::split_arguments(data));
+}
+
+/// What a pod put into its /etc.
+fn resolve(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    resolve::parse_conf(&text);
+    let name = text.lines().next().unwrap_or_default();
+    if resolve::is_name(name) {
+        hickory_resolver::proto::rr::Name::from_ascii(name).expect("a host name is a name");
+    }
+    let found = resolve::in_hosts(&text, name);
+    assert!(found.is_sorted(), "{found:?}");
+}
+
+fn sockets(data: &[u8]) {
+    let mut found = Vec::new();
+    let _ = sockets::take(data, &mut found, sockets::parse);
+    let _ = sockets::parse(data);
+}
+
+fn table(data: &[u8]) {
+    let entries: Vec<i32> =
+        data.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    if let Ok(table) = Quantiles::from_entries(&entries) {
+        assert!(table.entries().is_sorted());
+    }
+}
