@@ -590,13 +590,13 @@ async fn a_client_that_falls_silent_is_sent_away() -> Result<()> {
     let mut idle = node.client("eve").await?;
     idle.list(ListRequest {}).await?;
     // Others shake hands, and then nothing comes from them any more.
-    let config = node.certs.rustls("ci")?;
+    let connector = TlsConnector::from(node.certs.rustls("ci")?);
     let mut silent = Vec::new();
     for _ in 0..10 {
         let stream = dial.tcp()?;
         stream.set_nonblocking(true)?;
         let stream = tokio::net::TcpStream::from_std(stream)?;
-        silent.push(TlsConnector::from(config.clone()).connect(Lab::NEAR.into(), stream).await?);
+        silent.push(connector.connect(Lab::NEAR.into(), stream).await?);
     }
     wait_for("the silent ones to be let in", Duration::from_secs(20), || {
         Ok((files(&node.agent)? >= before + 11).then_some(()))
