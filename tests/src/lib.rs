@@ -20,8 +20,8 @@ pub use lab::Lab;
 pub use names::{Answer, NameServer, ask};
 pub use remote::{Certs, Dial, verify_audit};
 pub use squall_lab::{
-    Cgroup, HostState, NetState, Netns, Ping, Running, Shop, ShopOptions, Stream, Wire, bin_dir, need_root,
-    output, run, stdout, sweep, unique, wait_for,
+    Cgroup, Dropper, HostState, NetState, Netns, Ping, Probe, Running, Shop, ShopOptions, Stream, Wire,
+    bin_dir, need_root, output, run, stdout, sweep, unique, wait_for,
 };
 pub use talk::{Pair, Sockets, death, drain};
 pub use unified::Unified;

@@ -12,7 +12,7 @@ use squall_proto::v1::{
     PortRange, Protocol, Refusal, RevertRequest, State, Target, UpdateRequest, agent_client::AgentClient,
     fault, target,
 };
-use squall_tests::{Agent, AgentOptions, Lab, Netns, Stream, unique};
+use squall_tests::{Agent, AgentOptions, Dropper, Lab, Netns, Probe, Stream, unique};
 use tonic::transport::Channel;
 
 const SECOND: u64 = 1_000_000_000;
@@ -329,6 +329,38 @@ fn seen_by_others(lab: &Lab) -> Result<Option<u64>> {
     let shown = lab.near.tc("-s filter show dev near0 egress")?;
     let sent = shown.split_once("Sent ").and_then(|(_, rest)| rest.split_whitespace().nth(2));
     Ok(sent.map(str::parse).transpose()?)
+}
+
+/// Somebody else's program sees each packet once, also one that took a detour, and what it drops is dropped.
+#[tokio::test(flavor = "multi_thread")]
+async fn tcx_programs_that_somebody_attached_work_on_and_stay() -> Result<()> {
+    const DROPPED: usize = 300;
+    // Ethernet, IPv4 and UDP.
+    const HEADERS: usize = 14 + 20 + 8;
+    let mut bench = Bench::new("tcx").await?;
+    let index = bench.lab.near.inside(|| Ok(nix::net::if_::if_nametoindex("near0")?))?;
+    let Some(_theirs) = Dropper::attach(&bench.lab.near, index, (DROPPED + HEADERS) as u32)? else {
+        return Ok(());
+    };
+    let passes = |lab: &Lab, size: usize| -> Result<[u64; 2]> {
+        let probe = Probe { packets: 50, size, ..Probe::default() };
+        let out = probe.run(&lab.near, &lab.far, Lab::FAR)?.losses();
+        Ok([out, probe.run(&lab.far, &lab.near, Lab::NEAR)?.losses()])
+    };
+    let works = |lab: &Lab| -> Result<()> {
+        let lost = [passes(lab, DROPPED)?, passes(lab, DROPPED + 1)?];
+        ensure!(lost == [[50, 50], [0, 0]], "{lost:?} were lost");
+        Ok(())
+    };
+    works(&bench.lab)?;
+    let before = bench.lab.near.state()?;
+    let injection = bench.inject(delay(20 * MS, Direction::Both)).await?;
+    works(&bench.lab)?;
+    let late = bench.lab.near.ping(Lab::FAR, 3, Duration::from_millis(50))?;
+    ensure!(late.median()? >= 40.0, "{late:?}");
+    bench.revert(&injection.id).await?;
+    assert_eq!(before.changes(&bench.lab.near.state()?), [""; 0]);
+    works(&bench.lab)
 }
 
 #[tokio::test(flavor = "multi_thread")]

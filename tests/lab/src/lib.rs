@@ -14,6 +14,7 @@ mod shop;
 mod state;
 pub mod stats;
 mod sweep;
+mod tcx;
 
 use std::{
     env,
@@ -34,6 +35,7 @@ pub use probe::{Arrival, Flight, Probe, Seen, monotonic, round_trips};
 pub use shop::{Shop, ShopOptions};
 pub use state::{HostState, NetState};
 pub use sweep::sweep;
+pub use tcx::Dropper;
 
 /// Every namespace, cgroup and directory of a lab starts with this.
 pub const PREFIX: &str = "squall-";
