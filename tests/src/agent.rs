@@ -51,7 +51,7 @@ impl Agent {
         let binary =
             bin_dir().join(if options.crash.is_some() { "squall-agent-crash" } else { "squall-agent" });
         if !binary.exists() {
-            bail!("no {}: run cargo xtask build", binary.display());
+            bail!("no {}: cargo xtask test builds it", binary.display());
         }
         let mut command = options.netns.map_or_else(|| Command::new(&binary), |netns| netns.command(&binary));
         command.envs(options.crash.map(|dir| ("SQUALL_CRASH", dir)));
