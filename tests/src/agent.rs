@@ -56,7 +56,7 @@ impl Agent {
         let binary =
             bin_dir().join(if options.crash.is_some() { "squall-agent-crash" } else { "squall-agent" });
         if !binary.exists() {
-            bail!("no {}: run cargo xtask build", binary.display());
+            bail!("no {}: cargo xtask test builds it", binary.display());
         }
         let mut words = options.under.iter().map(AsRef::as_ref).chain([binary.as_os_str()]);
         let program = words.next().context("no program")?;

@@ -8,9 +8,9 @@ use serde_json::Value;
 use crate::{target_dir, tools};
 
 /// What runs in the demo and in the privileged tests.
-pub(crate) const BINARIES: [&str; 4] = ["squall", "squall-agent", CRASH, "recommender"];
+pub(crate) const BINARIES: [&str; 3] = ["squall", "squall-agent", "recommender"];
 /// The agent with the points at which a test can kill it (agent/src/crash.rs).
-const CRASH: &str = "squall-agent-crash";
+pub(crate) const CRASH: &str = "squall-agent-crash";
 
 /// Builds the binaries, optimized; returns the directory they are in. Where `SQUALL_BIN_DIR` is set, those in it are
 /// used as they are.
@@ -18,18 +18,28 @@ pub(crate) fn release() -> Result<PathBuf> {
     if let Some(dir) = env::var_os("SQUALL_BIN_DIR") {
         return check(PathBuf::from(dir));
     }
-    let crash = ["build", "--release", "--locked", "--package", "squall-agent", "--features", "crash-points"];
-    let built = executables(crash)?;
-    let [(_, agent)] = &built[..] else { bail!("not one squall-agent: {built:?}") };
-    let copy = target_dir().join("release").join(CRASH);
-    // Not written into: a test may be running it.
-    let beside = copy.with_extension("new");
-    fs::copy(agent, &beside)
-        .and_then(|_| fs::rename(&beside, &copy))
-        .with_context(|| format!("cannot make {}", copy.display()))?;
-    let packages = BINARIES.iter().filter(|name| **name != CRASH).flat_map(|package| ["--package", package]);
+    let packages = BINARIES.iter().flat_map(|package| ["--package", package]);
     tools::show(&mut tools::cargo(["build", "--release", "--locked"].into_iter().chain(packages)))?;
     check(target_dir().join("release"))
+}
+
+/// As [`release`], with the agent that has crash points beside the others.
+pub(crate) fn for_tests() -> Result<PathBuf> {
+    if env::var_os("SQUALL_BIN_DIR").is_none() {
+        let crash =
+            ["build", "--release", "--locked", "--package", "squall-agent", "--features", "crash-points"];
+        let built = executables(crash)?;
+        let [(_, agent)] = &built[..] else { bail!("not one squall-agent: {built:?}") };
+        let copy = target_dir().join("release").join(CRASH);
+        // Not written into: a test may be running it.
+        let beside = copy.with_extension("new");
+        fs::copy(agent, &beside)
+            .and_then(|_| fs::rename(&beside, &copy))
+            .with_context(|| format!("cannot make {}", copy.display()))?;
+    }
+    let dir = release()?;
+    ensure!(dir.join(CRASH).is_file(), "there is no {CRASH} in {}", dir.display());
+    Ok(dir)
 }
 
 /// Runs a cargo command that builds executables; returns the name and path of each.

@@ -24,7 +24,7 @@ pub(crate) struct Counts {
 /// Runs all tests. Goes on after a failure, and fails at the end.
 pub(crate) fn run() -> Result<ExitCode> {
     setup::ensure(setup::ALL)?;
-    let binaries = builds::release()?;
+    let binaries = builds::for_tests()?;
     let mut total = Counts::default();
     let mut failures = Vec::new();
 

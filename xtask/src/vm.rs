@@ -15,7 +15,7 @@ use clap::Args;
 use squall_lab::Running;
 
 use crate::{
-    builds::{self, BINARIES},
+    builds::{self, BINARIES, CRASH},
     initramfs::Initramfs,
     kernel::Kernel,
     setup,
@@ -84,8 +84,8 @@ pub(crate) struct Job {
 /// Boots each kernel in turn. Fails if anything failed on any of them.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure(setup::ALL)?;
-    let binaries = builds::release()?;
-    let mut job = tests(options.filter.as_deref().unwrap_or_default())?;
+    let binaries = builds::for_tests()?;
+    let mut job = tests(options.filter.as_deref().unwrap_or_default(), &binaries)?;
     job.minutes = options.minutes;
     if !options.cmd.is_empty() {
         job.commands.clone_from(&options.cmd);
@@ -107,7 +107,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Runs all privileged tests on one kernel; whether they passed, and the counts.
 pub(crate) fn test(kernel: &str, binaries: &Path) -> Result<(bool, Counts)> {
     let mut counts = Counts::default();
-    let ok = boot(kernel, binaries, &tests("")?, |line| counts.take(line))?;
+    let ok = boot(kernel, binaries, &tests("", binaries)?, |line| counts.take(line))?;
     Ok((ok, counts))
 }
 
@@ -213,11 +213,12 @@ fn initramfs(kernel: &Kernel, binaries: &Path, job: &Job) -> Result<Initramfs> {
 }
 
 /// The privileged tests whose names contain `filter`.
-fn tests(filter: &str) -> Result<Job> {
+fn tests(filter: &str, binaries: &Path) -> Result<Job> {
     let privileged = suite::privileged()?;
     let targets = privileged.iter().flat_map(|name| ["--test", name]);
     let build = ["test"].into_iter().chain(tools::HOST_CRATES).chain(["--no-run"]).chain(targets);
     let mut job = Job { minutes: 30, ..Job::default() };
+    job.programs.push((Path::new("/squall").join(CRASH), binaries.join(CRASH)));
     for (name, path) in builds::executables(build)? {
         job.commands.push(format!("/tests/{name} --test-threads=1 {filter}"));
         job.programs.push((Path::new("/tests").join(name), path));

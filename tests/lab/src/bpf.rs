@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs, thread,
+    time::{Duration, Instant},
 };
 
 use aya::{
@@ -14,8 +15,21 @@ use aya::{
 const MAPS: [&str; 8] =
     ["TABLE", "VALUE_SETS", "DELAYS", "DISTRIBUTIONS", "CGROUP_SETS", "PORT_OWNERS", "PEERS_V4", "PEERS_V6"];
 
+/// How long the kernel may take to free what a process that has ended held.
+const FREED: Duration = Duration::from_secs(3);
+
 /// Programs, maps and links of ours that are there though no process has a descriptor of them, or of a program that uses them.
 pub(crate) fn orphans() -> BTreeSet<String> {
+    let started = Instant::now();
+    let mut found = now();
+    while !found.is_empty() && started.elapsed() < FREED {
+        thread::sleep(Duration::from_millis(50));
+        found = found.intersection(&now()).cloned().collect();
+    }
+    found
+}
+
+fn now() -> BTreeSet<String> {
     // Objects before descriptors: what is made meanwhile is in neither, or in the second alone.
     let programs: BTreeMap<u32, (String, Vec<u32>)> = loaded_programs()
         .flatten()
