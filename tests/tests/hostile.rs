@@ -551,14 +551,19 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
         let exe = ProcessSelector { exe: "squall-none".to_owned(), ..ProcessSelector::default() };
         let targets = vec![Target { kind: Some(target::Kind::Process(exe)) }; 64];
         loop {
-            let asked = client.describe(DescribeRequest { targets: targets.clone() }).await;
-            if asked.is_err_and(|status| status.code() != Code::ResourceExhausted) {
-                return;
+            match client.describe(DescribeRequest { targets: targets.clone() }).await {
+                Ok(_) => {}
+                // All of them run on the machine that they are about.
+                Err(status) if status.code() == Code::ResourceExhausted => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(_) => return,
             }
         }
     };
     let mut asking = tokio::task::JoinSet::new();
-    for client in &mine {
+    // More than the places for calls of one name.
+    for client in &mine[..40] {
         asking.spawn(ask(client.clone()));
     }
     // He may still revert, and others may do everything.
@@ -575,7 +580,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     ci.watch(WatchRequest::default()).await.context("a stream of somebody else")?;
-    ensure!(asking.len() == mine.len(), "they do not ask any more");
+    ensure!(asking.try_join_next().is_none(), "they do not ask any more");
     println!("meanwhile the slowest revert: {slowest:?}");
     ensure!(slowest < PROMPT, "{slowest:?}");
     asking.shutdown().await;
