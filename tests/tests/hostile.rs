@@ -25,6 +25,7 @@ use squall_tests::{
     Agent, AgentOptions, Certs, Dial, Lab, NetState, SECOND, Sockets, bin_dir, interface, unique,
     verify_audit, wait_for,
 };
+use tokio::io::AsyncReadExt;
 use tokio_rustls::TlsConnector;
 use tonic::{
     Code, Status,
@@ -550,14 +551,19 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
         let exe = ProcessSelector { exe: "squall-none".to_owned(), ..ProcessSelector::default() };
         let targets = vec![Target { kind: Some(target::Kind::Process(exe)) }; 64];
         loop {
-            let asked = client.describe(DescribeRequest { targets: targets.clone() }).await;
-            if asked.is_err_and(|status| status.code() != Code::ResourceExhausted) {
-                return;
+            match client.describe(DescribeRequest { targets: targets.clone() }).await {
+                Ok(_) => {}
+                // All of them run on the machine that they are about.
+                Err(status) if status.code() == Code::ResourceExhausted => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(_) => return,
             }
         }
     };
     let mut asking = tokio::task::JoinSet::new();
-    for client in &mine {
+    // More than the places for calls of one name.
+    for client in &mine[..40] {
         asking.spawn(ask(client.clone()));
     }
     // He may still revert, and others may do everything.
@@ -574,7 +580,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     ci.watch(WatchRequest::default()).await.context("a stream of somebody else")?;
-    ensure!(asking.len() == mine.len(), "they do not ask any more");
+    ensure!(asking.try_join_next().is_none(), "they do not ask any more");
     println!("meanwhile the slowest revert: {slowest:?}");
     ensure!(slowest < PROMPT, "{slowest:?}");
     asking.shutdown().await;
@@ -585,7 +591,6 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
 async fn a_client_that_falls_silent_is_sent_away() -> Result<()> {
     let node = Node::start("silent").await?;
     let dial = node.dial_from(Lab::FAR_OTHER);
-    let before = files(&node.agent)?;
     // One that is there and has nothing to say, by its answers to pings.
     let mut idle = node.client("eve").await?;
     idle.list(ListRequest {}).await?;
@@ -598,12 +603,15 @@ async fn a_client_that_falls_silent_is_sent_away() -> Result<()> {
         let stream = tokio::net::TcpStream::from_std(stream)?;
         silent.push(connector.connect(Lab::NEAR.into(), stream).await?);
     }
-    wait_for("the silent ones to be let in", Duration::from_secs(20), || {
-        Ok((files(&node.agent)? >= before + 11).then_some(()))
-    })?;
-    wait_for("the silent ones to be gone", Duration::from_secs(120), || {
-        Ok((files(&node.agent)? <= before + 1).then_some(()))
-    })?;
+    let started = Instant::now();
+    for stream in &mut silent {
+        let mut said = Vec::new();
+        // It hears settings and pings, and answers nothing.
+        let end = tokio::time::timeout(Duration::from_secs(120), stream.read_to_end(&mut said)).await;
+        end.context("a silent client is kept")?.err().context("a silent client is told to go")?;
+        ensure!(!said.is_empty(), "it was never let in");
+    }
+    println!("silent clients were sent away after {:?}", started.elapsed());
     idle.list(ListRequest {}).await.context("the idle one is gone too")?;
     node.is_untouched()
 }
