@@ -148,10 +148,10 @@ pub fn take<T>(datagram: &[u8], sockets: &mut Vec<T>, parse: impl Fn(&[u8]) -> O
             NetlinkPayload::InnerMessage(Body(body)) => sockets.extend(parse(&body)),
             // A list that ends in an error says so here: ENOENT where there is no tcp_diag.
             NetlinkPayload::Done(done) if done.code < 0 => {
-                return Err(io::Error::from_raw_os_error(-done.code)).context("the kernel's answer");
+                return Err(answered(done.code));
             }
             NetlinkPayload::Done(_) => return Ok(true),
-            NetlinkPayload::Error(e) => return Err(e.to_io()).context("the kernel's answer"),
+            NetlinkPayload::Error(e) => return Err(answered(e.raw_code())),
             _ => bail!("netlink lost messages"),
         }
         if sockets.len() >= MOST {
@@ -159,6 +159,11 @@ pub fn take<T>(datagram: &[u8], sockets: &mut Vec<T>, parse: impl Fn(&[u8]) -> O
         }
     }
     Ok(false)
+}
+
+/// The error that netlink's negative number stands for.
+fn answered(code: i32) -> anyhow::Error {
+    anyhow::Error::new(io::Error::from_raw_os_error(code.saturating_neg())).context("the kernel's answer")
 }
 
 /// A socket, from `struct inet_diag_msg` and its attributes; none where it reports no `struct tcp_info`.
@@ -246,6 +251,18 @@ mod tests {
 
     use super::*;
     use crate::host::netns::run_in_new;
+
+    /// Found by fuzzing: netlink's own crate negated it with an overflow.
+    #[test]
+    fn the_least_number_is_an_error_like_any_other() {
+        for kind in [2_u16, 3] {
+            let mut message = [0; 36];
+            message[0] = 36;
+            message[4..6].copy_from_slice(&kind.to_ne_bytes());
+            message[16..20].copy_from_slice(&i32::MIN.to_ne_bytes());
+            assert!(take(&message, &mut Vec::new(), parse).is_err());
+        }
+    }
 
     #[test]
     fn a_message_cut_short_is_no_socket() {
