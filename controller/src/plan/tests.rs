@@ -255,7 +255,7 @@ fn wrong_percentiles_and_kinds() {
     plan.yaml:18:87: rounds[0].faults[0].network.damage: unknown field `damage`
         |
      18 |       - network: { on: recommender, to: redis, delay: { latency: 2s, jitter: 300ms }, damage: 5% }
-        |                                                                                       ^^^^^^ known here: on, to, except, direction, share, flows, delay, loss, duplicate, corrupt, reorder, rate, partition, reset, cut, dns, interface, seed, perSegment, unprotected, sockets, side
+        |                                                                                       ^^^^^^ known here: on, to, except, direction, share, flows, delay, loss, duplicate, corrupt, reorder, rate, slots, partition, reset, cut, dns, interface, seed, perSegment, unprotected, sockets, side
 
     1 error in plan.yaml
     "#);
