@@ -432,6 +432,7 @@ async fn loopback_is_hurt_where_it_is_meant() -> Result<()> {
         if set {
             // Somebody has one of them already; it must stay.
             bench.lab.near.inside(|| Ok(fs::write("/proc/sys/net/ipv4/conf/lo/route_localnet", "1")?))?;
+            bench.settle()?;
         }
         let before = settings(&bench.lab)?;
         ensure!(before == [set, false], "{before:?}");
@@ -673,6 +674,7 @@ async fn twenty_injections_share_an_interface() -> Result<()> {
     for i in 0..PEERS {
         bench.lab.far.ip(&format!("addr add 10.99.0.{}/24 dev far0", 100 + i))?;
     }
+    bench.settle()?;
     // For each peer two: the first of them is in force.
     let (mut firsts, mut seconds) = (Vec::new(), Vec::new());
     for i in 0..PEERS {
