@@ -704,6 +704,7 @@ impl Task {
                         crash::point("engine.update");
                         let updated = held.update(&fault).await;
                         crash::point("engine.updated");
+                        measured = None;
                         if updated.is_ok() {
                             self.core.set(|i| i.summary = fault.summary());
                             self.fault = fault;
