@@ -163,17 +163,19 @@ fn lines(list: &[Value], fields: &[&str]) -> BTreeSet<String> {
     list.iter().map(line).collect()
 }
 
-/// Interface and address, with its prefix.
+/// Interface and address, with its prefix. Link-local ones of IPv6 are left out: the kernel makes them, some time after a link
+/// is up.
 fn addresses(links: &[Value]) -> BTreeSet<String> {
-    let of_link = |link: &Value| {
-        let of_address =
-            |address: &Value| format!("{} {}/{}", link["ifname"], address["local"], address["prefixlen"]);
-        link["addr_info"]
-            .as_array()
-            .map(|all| all.iter().map(of_address).collect::<Vec<_>>())
-            .unwrap_or_default()
-    };
-    links.iter().flat_map(of_link).collect()
+    let mut found = BTreeSet::new();
+    for link in links {
+        for address in link["addr_info"].as_array().into_iter().flatten() {
+            let made_by_kernel = address["family"] == "inet6" && address["scope"] == "link";
+            if !made_by_kernel {
+                found.insert(format!("{} {}/{}", link["ifname"], address["local"], address["prefixlen"]));
+            }
+        }
+    }
+    found
 }
 
 /// The settings of the calling thread's network namespace.
