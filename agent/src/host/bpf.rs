@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     ptr::{self, NonNull},
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -126,8 +126,10 @@ pub struct Programs {
     links: Vec<(Program, SchedClassifierLinkId)>,
 }
 
-/// A set that is loaded already: the verifier takes longer than a fault should take to begin.
-static SPARE: Mutex<Option<Programs>> = Mutex::new(None);
+/// Sets that are loaded already: the verifier takes longer than a fault should take to begin.
+static SPARE: Mutex<Vec<Programs>> = Mutex::new(Vec::new());
+/// So many are kept: what one injection after another takes and gives back, and one more.
+const MOST_SPARE: usize = 2;
 /// What [`Programs::keep_warm`] keeps.
 static WARM: OnceLock<(Netns, Vec<SchedClassifierLink>)> = OnceLock::new();
 /// How often it was taken or given back.
@@ -138,7 +140,7 @@ const RESTOCK: Duration = Duration::from_secs(1);
 impl Programs {
     /// A set of programs, ready to attach. Must be called within the runtime.
     pub fn get() -> Result<Self> {
-        let spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let spare = spare().pop();
         let programs = match spare {
             Some(programs) => programs,
             None => Self::load()?,
@@ -189,19 +191,16 @@ impl Programs {
     pub fn give_back(self) {
         self.table.clear();
         MOVES.fetch_add(1, Ordering::Relaxed);
-        SPARE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self);
+        keep(self);
     }
 
     /// Loads a spare set, unless there is one. Must be called within the runtime.
     fn keep_spare() {
-        let full = || SPARE.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if full() {
+        if !spare().is_empty() {
             return;
         }
         match Self::load() {
-            Ok(programs) => {
-                SPARE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(programs);
-            }
+            Ok(programs) => keep(programs),
             Err(error) => tracing::warn!("loading the eBPF programs ahead of need: {error:#}"),
         }
     }
@@ -395,6 +394,17 @@ static SOCKET_CGROUPS: OnceLock<bool> = OnceLock::new();
 #[must_use]
 pub fn socket_cgroups() -> bool {
     SOCKET_CGROUPS.get().copied().unwrap_or(false)
+}
+
+fn spare() -> MutexGuard<'static, Vec<Programs>> {
+    SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn keep(programs: Programs) {
+    let mut spare = spare();
+    if spare.len() < MOST_SPARE {
+        spare.push(programs);
+    }
 }
 
 /// Lets the calling thread run only where nobody else wants the CPU: the verifier must not be felt by those whom a fault is
