@@ -298,12 +298,10 @@ fn clsact(index: u32) -> TcMessage {
 }
 
 /// Options of `sch_fq` (`linux/pkt_sched.h`, `TCA_FQ_*`): room for everything a delay holds back, a horizon beyond the longest
-/// delay, no pacing of packets that are none of ours, and turns so large that a flow's GSO packet does not wait for several.
+/// delay, and no pacing of packets that are none of ours.
 fn fq_options(packets: u32) -> Vec<TcOption> {
     const PLIMIT: u16 = 1;
     const FLOW_PLIMIT: u16 = 2;
-    const QUANTUM: u16 = 3;
-    const INITIAL_QUANTUM: u16 = 4;
     const RATE_ENABLE: u16 = 5;
     const BUCKETS_LOG: u16 = 8;
     const ORPHAN_MASK: u16 = 10;
@@ -314,8 +312,6 @@ fn fq_options(packets: u32) -> Vec<TcOption> {
     vec![
         number(PLIMIT, packets),
         number(FLOW_PLIMIT, packets),
-        number(QUANTUM, 1 << 20),
-        number(INITIAL_QUANTUM, 1 << 20),
         number(RATE_ENABLE, 0),
         number(BUCKETS_LOG, 14),
         number(ORPHAN_MASK, 0xffff),
