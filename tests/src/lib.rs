@@ -9,6 +9,7 @@ mod controller;
 mod lab;
 mod names;
 mod remote;
+mod shop;
 mod talk;
 mod unified;
 mod victim;
@@ -19,6 +20,7 @@ pub use controller::Controller;
 pub use lab::Lab;
 pub use names::{Answer, NameServer, ask};
 pub use remote::{Certs, Dial, verify_audit};
+pub use shop::in_a_shop;
 pub use squall_lab::{
     Cgroup, Dropper, HostState, NetState, Netns, Ping, Probe, Running, Shop, ShopOptions, Stream, Wire,
     bin_dir, need_root, output, run, stdout, sweep, unique, wait_for,

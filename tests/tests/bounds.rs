@@ -14,8 +14,8 @@ use squall_proto::v1::{
     NetworkFault, ProcessSelector, State, Target, agent_client::AgentClient, fault, memory_fault, target,
 };
 use squall_tests::{
-    Agent, AgentOptions, Cgroup, Controller, HostState, Running, Shop, ShopOptions, Victim, bin_dir,
-    need_root, stdout, unique, wait_for,
+    Agent, AgentOptions, Cgroup, Controller, Running, Victim, bin_dir, in_a_shop, need_root, stdout, unique,
+    wait_for,
 };
 use tonic::transport::Channel;
 
@@ -184,25 +184,6 @@ async fn what_a_node_is_run_and_reached_through_is_never_hurt() -> Result<()> {
     let refused = inject(&mut agent.client().await?, request("z", process(other.pid()), cpu())).await;
     let refused = refused.expect_err("its cgroup is protected");
     ensure!(refused.contains(&format!("--protect {place}")), "{refused}");
-    Ok(())
-}
-
-/// Opens a shop, does something in it, closes it, and checks that nothing is left.
-fn in_a_shop(defect: Option<&str>, f: impl FnOnce(&mut Shop) -> Result<()>) -> Result<()> {
-    need_root()?;
-    let before = HostState::capture(&bin_dir())?;
-    let options = ShopOptions {
-        tag: "bounds".into(),
-        binaries: bin_dir(),
-        defect: defect.map(ToOwned::to_owned),
-        memory: 256 << 20,
-        cpus: 1.0,
-    };
-    let mut shop = Shop::open(&options)?;
-    let result = f(&mut shop);
-    drop(shop);
-    result?;
-    assert_eq!(before.changes(&HostState::capture(&bin_dir())?), [""; 0]);
     Ok(())
 }
 

@@ -5,28 +5,9 @@ use std::{process::Output, time::Duration};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use squall_tests::{Controller, HostState, Shop, ShopOptions, bin_dir, need_root};
+use squall_tests::{Controller, in_a_shop};
 
 const SHORT: &str = include_str!("../e2e/short.yaml");
-
-/// Opens a shop, does something in it, closes it, and checks that nothing is left.
-fn in_a_shop(defect: Option<&str>, f: impl FnOnce(&mut Shop) -> Result<()>) -> Result<()> {
-    need_root()?;
-    let before = HostState::capture(&bin_dir())?;
-    let options = ShopOptions {
-        tag: "demo".into(),
-        binaries: bin_dir(),
-        defect: defect.map(ToOwned::to_owned),
-        memory: 256 << 20,
-        cpus: 1.0,
-    };
-    let mut shop = Shop::open(&options)?;
-    let result = f(&mut shop);
-    drop(shop);
-    result?;
-    assert_eq!(before.changes(&HostState::capture(&bin_dir())?), [""; 0]);
-    Ok(())
-}
 
 fn exit_code(output: &Output, expected: i32) -> Result<()> {
     let said =

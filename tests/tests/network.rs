@@ -340,6 +340,8 @@ async fn tcx_programs_that_somebody_attached_work_on_and_stay() -> Result<()> {
     let mut bench = Bench::new("tcx").await?;
     let index = bench.lab.near.inside(|| Ok(nix::net::if_::if_nametoindex("near0")?))?;
     let Some(_theirs) = Dropper::attach(&bench.lab.near, index, (DROPPED + HEADERS) as u32)? else {
+        let injection = bench.inject(delay(20 * MS, Direction::Both)).await?;
+        ensure!(!injection.mechanism.contains("TCX"), "there is TCX: {}", injection.mechanism);
         return Ok(());
     };
     let passes = |lab: &Lab, size: usize| -> Result<[u64; 2]> {

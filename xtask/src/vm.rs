@@ -106,7 +106,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// Runs the privileged tests on one kernel, without those that take an hour there; whether they passed, and the counts.
+/// Runs the privileged tests on one kernel, without those that are too slow there; whether they passed, and the counts.
 pub(crate) fn test(kernel: &str, binaries: &Path) -> Result<(bool, Counts)> {
     let mut counts = Counts::default();
     let names: Vec<String> =

@@ -417,10 +417,20 @@ mod user {
     impl Memory<Cell> {
         /// Forgets everything.
         pub fn clear(&self) {
-            let Self { duplicated, corrupted, ahead, since, state, draw, free_at, .. } = self;
-            let Self { slot_at, slot_packets, slot_bytes, .. } = self;
-            let models = [duplicated, corrupted, ahead, since, state, draw, free_at];
-            for cell in models.into_iter().chain([slot_at, slot_packets, slot_bytes]) {
+            let Self {
+                duplicated,
+                corrupted,
+                ahead,
+                since,
+                state,
+                draw,
+                free_at,
+                slot_at,
+                slot_packets,
+                slot_bytes,
+            } = self;
+            let cells = [duplicated, corrupted, ahead, since, state, draw, free_at];
+            for cell in cells.into_iter().chain([slot_at, slot_packets, slot_bytes]) {
                 cell.store(0);
             }
         }

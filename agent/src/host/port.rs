@@ -84,8 +84,10 @@ impl Support {
             });
             let no_tap = tap.err().map(|e| format!("{e:#}"));
             programs.detach();
-            if hook == Hook::Tcx {
-                programs.keep_warm(Netns::scratch()?)?;
+            if hook == Hook::Tcx
+                && let Err(error) = Netns::scratch().and_then(|netns| programs.keep_warm(netns))
+            {
+                tracing::debug!("faults begin some milliseconds later than they could: {error:#}");
             }
             programs.give_back();
             Ok(Self { hook, no_line, no_tap, cgroups: socket_cgroups() })
@@ -612,7 +614,10 @@ impl Port {
             Some(dns) => lock(&self.desk.dns).insert(rule, dns.clone()),
             None => lock(&self.desk.dns).remove(&rule),
         };
-        self.desk.table.rules[rule].action.store(&action);
+        let cells = &self.desk.table.rules[rule];
+        cells.action.store(&action);
+        // A slot far ahead is none of the new ones.
+        cells.memory.slot_at.store(0);
         self.write_endpoints(rule, spec.endpoints.clone())
     }
 
@@ -908,27 +913,28 @@ impl Port {
     }
 
     /// Takes everything back.
-    fn close(mut self) -> Result<()> {
-        for rule in 0..RULES {
-            self.remove(rule)?;
-        }
-        let Self {
-            netns,
-            interface,
-            outside,
-            mut programs,
-            attached,
-            line,
-            taps,
-            made_clsact,
-            made_localnet,
-            longest,
-            support,
-            ..
-        } = self;
-        let name = interface.name.clone();
+    fn close(self) -> Result<()> {
+        let (netns, name) = (Arc::clone(&self.netns), self.interface.name.clone());
+        // All of it inside: a filter that is dropped elsewhere would take another's with it.
         netns
             .run(move || {
+                let mut port = self;
+                for rule in 0..RULES {
+                    port.remove(rule)?;
+                }
+                let Self {
+                    interface,
+                    outside,
+                    mut programs,
+                    attached,
+                    line,
+                    taps,
+                    made_clsact,
+                    made_localnet,
+                    longest,
+                    support,
+                    ..
+                } = port;
                 crash::step("port.close")?;
                 let mut netlink = Netlink::open()?;
                 // The queues send off what they hold, which takes the programs.
