@@ -4,12 +4,13 @@ use std::{
     collections::HashMap,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
 use futures::{Stream, StreamExt, future::join_all, stream};
 use squall_proto::v1::{self, agent_server::Agent};
-use tokio::sync::{Mutex as AsyncMutex, Semaphore, broadcast::error::RecvError};
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, broadcast::error::RecvError, oneshot};
 use tokio_stream::wrappers::IntervalStream;
 use tonic::{Request, Response, Status};
 
@@ -22,7 +23,7 @@ use crate::{
     },
     engine::{self, Engine, EngineError, Order},
     fault::{AnyFault, KINDS, Kind},
-    host::cgroup,
+    host::{cgroup, proc},
     journal,
     limits::Invalid,
     metrics::METRICS,
@@ -37,8 +38,10 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(50);
 const MOST_TARGETS: usize = 64;
 const MOST_IDS: usize = 1024;
 
-/// Threads that read all of /proc at once. However many ask for that, a revert finds a CPU.
+/// Threads that read all of /proc at once, for those who inject and those who only ask. However many ask, a revert finds a CPU.
 const MOST_READERS: usize = 2;
+/// How nice (`nice(2)`) a thread is that reads for somebody who only asks: whoever acts has ten times its share of a CPU.
+const LEISURE: i32 = 10;
 
 /// The gRPC service.
 pub struct Server {
@@ -50,6 +53,7 @@ pub struct Server {
     /// Held by whoever has his injections counted.
     counting: AsyncMutex<()>,
     readers: Arc<Semaphore>,
+    describers: Arc<Semaphore>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -69,6 +73,7 @@ impl Server {
             owners: Mutex::default(),
             counting: AsyncMutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
+            describers: Arc::new(Semaphore::new(MOST_READERS)),
         }
     }
 
@@ -221,7 +226,7 @@ impl Agent for Server {
         let selectors: Vec<_> = targets.into_iter().map(|t| selector(Some(t))).collect::<Result<_, _>>()?;
         let mut found = Vec::new();
         for selector in selectors {
-            found.push(reading(&self.readers, move || resolved(&selector)).await?);
+            found.push(at_leisure(&self.describers, move || resolved(&selector)).await?);
         }
         let uname = nix::sys::utsname::uname().map_err(|e| Status::internal(format!("uname: {e}")))?;
         let limits = self.engine.limits();
@@ -493,6 +498,24 @@ async fn reading<T: Send + 'static>(
         f()
     };
     tokio::task::spawn_blocking(read).await.map_err(|e| failed(&e))
+}
+
+/// As [`reading`], on a thread that has to stand back.
+async fn at_leisure<T: Send + 'static>(
+    readers: &Arc<Semaphore>,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    let failed = |e: &dyn std::fmt::Display| Status::internal(format!("a thread of the agent failed: {e}"));
+    let reader = Arc::clone(readers).acquire_owned().await.map_err(|e| failed(&e))?;
+    let (reply, answer) = oneshot::channel();
+    let read = move || {
+        let _until_it_is_done = reader;
+        proc::be_nice(LEISURE);
+        let _nobody_asks_any_more = reply.send(f());
+    };
+    // A thread of its own: without CAP_SYS_NICE none becomes less nice again.
+    thread::Builder::new().name("at leisure".to_owned()).spawn(read).map_err(|e| failed(&e))?;
+    answer.await.map_err(|e| failed(&e))
 }
 
 #[cfg(test)]

@@ -49,6 +49,7 @@ const REDIS: Need = Need::package(&["redis-tools"], &["redis-check-rdb"]);
 const PING: Need = Need::package(&["iputils-ping"], &["ping"]);
 const IPERF: Need = Need::package(&["iperf3"], &["iperf3"]);
 const QEMU: Need = Need::package(&["qemu-system-x86"], &["qemu-system-x86_64"]);
+const ETHTOOL: Need = Need::package(&["ethtool"], &["ethtool"]);
 const BINUTILS: Need = Need::package(&["binutils"], &["strip"]);
 const XZ: Need = Need::package(&["xz-utils"], &["xz"]);
 
@@ -57,10 +58,10 @@ pub(crate) const BUILD: &[Need] = &[EBPF_RUST, LINKER];
 /// To build, and lint.
 pub(crate) const LINT: &[Need] = &[EBPF_RUST, LINKER, DENY];
 /// To build, and run the demo.
-pub(crate) const DEMO: &[Need] = &[EBPF_RUST, LINKER, IPROUTE, UTIL_LINUX, REDIS];
+pub(crate) const DEMO: &[Need] = &[EBPF_RUST, LINKER, IPROUTE, ETHTOOL, UTIL_LINUX, REDIS];
 /// All there is: to run every test, also in VMs.
 pub(crate) const ALL: &[Need] =
-    &[EBPF_RUST, LINKER, DENY, IPROUTE, UTIL_LINUX, REDIS, PING, IPERF, QEMU, BINUTILS, XZ];
+    &[EBPF_RUST, LINKER, DENY, IPROUTE, ETHTOOL, UTIL_LINUX, REDIS, PING, IPERF, QEMU, BINUTILS, XZ];
 
 impl Need {
     const fn package(packages: &'static [&'static str], programs: &'static [&'static str]) -> Self {

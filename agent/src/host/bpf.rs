@@ -43,7 +43,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::netns::Netns;
+use super::{netns::Netns, steer};
 
 /// The object that build.rs compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/squall-tc"));
@@ -165,6 +165,10 @@ impl Programs {
         let program = classifier(&mut self.ebpf, Program::Empty)?;
         program.load().context("loading the program that does nothing")?;
         let links = netns.run(|| {
+            // As are the kernel's switches for what lines need.
+            if let Err(error) = steer::flows_to_cpus("lo") {
+                tracing::debug!("lo: {error}");
+            }
             let attach = |way| {
                 let options = TcAttachOptions::TcxOrder(LinkOrder::default());
                 let id = program.attach_with_options("lo", way, options)?;

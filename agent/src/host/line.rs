@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{proc, tc::Netlink};
+use super::{proc, steer, tc::Netlink};
 use crate::crash;
 
 /// Packets a second for which a line has room. A packet may be a GSO packet of 64 KiB.
@@ -75,6 +75,12 @@ impl Line {
             netlink.remove_link(line.ends[0])?;
             return Err(error);
         }
+        crash::point("line.steer");
+        if let Err(error) = names.iter().try_for_each(|name| steer::flows_to_cpus(name)) {
+            tracing::warn!(
+                "packets of one flow may overtake each other where several CPUs send them: {error}"
+            );
+        }
         Ok(line)
     }
 
@@ -101,6 +107,9 @@ impl Line {
         // Both, should one have been moved away from the other.
         for found in netlink.interfaces()?.iter().filter(|i| names.contains(&i.name)) {
             crash::step("line.remove")?;
+            if let Err(error) = steer::flows_anywhere(&found.name) {
+                tracing::debug!("{}: {error}", found.name);
+            }
             netlink.remove_link(found.index)?;
         }
         Ok(())

@@ -12,5 +12,7 @@ pub mod port;
 pub mod proc;
 pub mod resolve;
 pub mod sockets;
+#[expect(unsafe_code, reason = "calls that nix has not: fsopen, fsconfig, fsmount")]
+pub mod steer;
 pub mod tap;
 pub mod tc;

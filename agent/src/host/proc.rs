@@ -57,6 +57,14 @@ pub fn is_kernel_thread(stat: &Stat) -> bool {
     stat.flags & PF_KTHREAD != 0
 }
 
+/// Sets how nice the calling thread is, -20 to 19 (`nice(2)`). Below what it is now takes `CAP_SYS_NICE`; without, it stays.
+pub fn be_nice(nice: i32) {
+    // SAFETY: no memory is involved. Process 0 is the calling thread (kernel/sys.c, 6.1), and no other.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } != 0 {
+        tracing::debug!(nice, "the priority of a thread stays: {}", io::Error::last_os_error());
+    }
+}
+
 /// The executable, by the path it was started from; none for kernel threads, zombies, and without the right to look.
 ///
 /// The kernel marks a file that was replaced or removed since (an upgrade) with " (deleted)"; the mark is taken off

@@ -41,7 +41,7 @@ use squall_common::{
     tap::{Header, Job, LEN},
 };
 
-use super::bpf::Mapped;
+use super::{bpf::Mapped, proc};
 use crate::{
     crash,
     frame::{self, Dns, Verdict},
@@ -289,10 +289,7 @@ impl Queue {
     fn run(&mut self) -> io::Result<()> {
         // The default lets the kernel wake us 50 µs late.
         prctl::set_timerslack(1)?;
-        // SAFETY: no memory is involved. Thread 0 is the calling one.
-        if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) } != 0 {
-            tracing::debug!("raising the priority of a TAP queue: {}", io::Error::last_os_error());
-        }
+        proc::be_nice(-20);
         let mut buffer = vec![0; LONGEST];
         let mut beat = Instant::now();
         loop {

@@ -8,6 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::{
+    sys::time::TimeValLike,
+    time::{ClockId, clock_gettime},
+};
 use serde_json::Value;
 
 use crate::{PREFIX, bpf, cgroup, netns, stdout, sweep};
@@ -31,7 +35,14 @@ pub struct HostState {
     pub mounts: BTreeSet<String>,
     /// Processes of Squall's binaries: pid and path.
     pub processes: BTreeSet<String>,
+    /// How far the wall clock is ahead of time since boot, milliseconds.
+    pub clock: i64,
+    /// How far the clocks of the time namespace for children are ahead of the host's.
+    pub clock_offsets: String,
 }
+
+/// A clock that is as far off as this was not set, but disciplined, or read at another moment.
+const SAME_CLOCK: i64 = 250;
 
 /// A network namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,6 +57,8 @@ pub struct NetState {
     pub addresses: BTreeSet<String>,
     /// Settings below /proc/sys/net that a fault may have to change.
     pub settings: BTreeSet<String>,
+    /// What each link leaves to its device, as ethtool shows it.
+    pub offloads: BTreeSet<String>,
 }
 
 impl HostState {
@@ -77,6 +90,9 @@ impl HostState {
             orphans: bpf::orphans(),
             mounts,
             processes: processes(binaries)?,
+            clock: clock()?,
+            // Not there without time namespaces.
+            clock_offsets: fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
         })
     }
 
@@ -103,15 +119,17 @@ impl HostState {
                 filters.extend(shown.lines().map(|line| format!("{device} {hook} {}", line.trim())));
             }
         }
+        let (settings, offloads) = match netns {
+            Some(name) => netns::inside(name, || Ok((net_settings()?, offloads(&links)?)))?,
+            None => (net_settings()?, offloads(&links)?),
+        };
         Ok(NetState {
             links: lines(&links, &["/ifname", "/linkinfo/info_kind", "/mtu", "/qdisc"]),
             qdiscs: lines(&qdiscs, &["/dev", "/kind", "/handle", "/parent", "/root"]),
             filters,
             addresses: addresses(&list(tool("ip", &["-j", "addr", "show"])?)?),
-            settings: match netns {
-                Some(name) => netns::inside(name, net_settings)?,
-                None => net_settings()?,
-            },
+            settings,
+            offloads,
         })
     }
 
@@ -128,6 +146,13 @@ impl HostState {
         // The kernel frees them a moment after their last process, so that any may have been there before.
         found.extend(after.orphans.difference(&self.orphans).map(|orphan| format!("+ BPF orphan {orphan}")));
         compare("mount", &self.mounts, &after.mounts, &mut found);
+        let set = after.clock - self.clock;
+        if set.abs() > SAME_CLOCK {
+            found.push(format!("+ clock set by {set} ms"));
+        }
+        if self.clock_offsets != after.clock_offsets {
+            found.push(format!("+ clock offsets {}", after.clock_offsets.replace('\n', ", ")));
+        }
         found
     }
 }
@@ -142,6 +167,7 @@ impl NetState {
         compare("filter", &self.filters, &after.filters, &mut found);
         compare("address", &self.addresses, &after.addresses, &mut found);
         compare("setting", &self.settings, &after.settings, &mut found);
+        compare("offload", &self.offloads, &after.offloads, &mut found);
         found
     }
 }
@@ -191,6 +217,24 @@ fn net_settings() -> Result<BTreeSet<String>> {
         }
     }
     Ok(found)
+}
+
+/// The offloads of the links, which are in the calling thread's network namespace: `near0 tx-checksumming: on`.
+fn offloads(links: &[Value]) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for name in links.iter().filter_map(|link| link["ifname"].as_str()) {
+        // Interfaces come and go.
+        let shown = Command::new("ethtool").args(["-k", name]).output().context("cannot start ethtool")?;
+        let flags = String::from_utf8_lossy(&shown.stdout).into_owned();
+        found.extend(flags.lines().skip(1).map(|flag| format!("{name} {}", flag.trim())));
+    }
+    Ok(found)
+}
+
+/// How far the wall clock is ahead of `CLOCK_BOOTTIME`, milliseconds.
+fn clock() -> Result<i64> {
+    let now = |clock| clock_gettime(clock).context("cannot read a clock").map(|time| time.num_milliseconds());
+    Ok(now(ClockId::CLOCK_REALTIME)? - now(ClockId::CLOCK_BOOTTIME)?)
 }
 
 /// What the files of a cgroup say that can be set, and its processes. Usage is left out: it is never the same.
@@ -283,5 +327,12 @@ mod tests {
         let changes = state(&["lo", "eth0"]).changes(&state(&["lo", "tap0"]));
         assert_eq!(changes, ["+ link tap0", "- link eth0"]);
         assert!(state(&["lo"]).changes(&state(&["lo"])).is_empty());
+    }
+
+    #[test]
+    fn an_offload_that_was_switched_is_a_change() {
+        let with = |flag: &str| NetState { offloads: [flag.to_owned()].into(), ..NetState::default() };
+        let changes = with("near0 tso: on").changes(&with("near0 tso: off"));
+        assert_eq!(changes, ["+ offload near0 tso: off", "- offload near0 tso: on"]);
     }
 }
