@@ -96,6 +96,33 @@ async fn many_flows_are_as_fast_as_under_netem() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn packets_of_a_flow_do_not_overtake_each_other() -> Result<()> {
+    // Several flows, so that several CPUs send and empty queues. What TCP saw arrive out of order: hundreds in a second where
+    // one CPU may hold up what another sends on.
+    const MOST: u64 = 20;
+    let mut duel = Duel::new("order").await?;
+    let overtaken = |lab: &Lab| -> Result<u64> {
+        Ok(lab.near.tcp_counter("TCPSACKReorder")? + lab.near.tcp_counter("TCPTSReorder")?)
+    };
+    for turn in 1.. {
+        let run = |lab: &Lab| {
+            let before = overtaken(lab)?;
+            let stream = lab.near.streams(&lab.far, FAR, Duration::from_secs(3), 16)?;
+            ensure!(stream.bytes > 1_000_000, "{stream:?}");
+            Ok(overtaken(lab)? - before)
+        };
+        let (seen, injection) = duel.during(&Side::ours(delay(10)), run).await?;
+        ensure!(figure(injection.as_ref(), "delayed") > 100, "{injection:?}");
+        println!("{seen} times a packet was overtaken");
+        if seen < MOST {
+            break;
+        }
+        ensure!(turn < TURNS, "{seen} times, {MOST} may be");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn loss_is_inside_its_interval_and_tcp_sees_netems() -> Result<()> {
     let mut duel = Duel::new("lossy").await?;
     for ratio in [0.001, 0.01, 0.05] {

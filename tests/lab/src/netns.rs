@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsStr,
-    fs::File,
+    fs::{self, File},
     io::{BufRead, BufReader},
     net::IpAddr,
     panic::resume_unwind,
@@ -106,6 +106,19 @@ impl Netns {
     /// Runs a function on a thread of its own, in this namespace.
     pub fn inside<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         inside(&self.name, f)
+    }
+
+    /// A counter of this namespace's TCP, by its name in /proc/net/netstat: `TCPSACKReorder`.
+    pub fn tcp_counter(&self, name: &str) -> Result<u64> {
+        let text = self.inside(|| {
+            fs::read_to_string("/proc/thread-self/net/netstat").context("cannot read the counters of TCP")
+        })?;
+        let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("TcpExt:")).collect();
+        let [names, values] = lines[..] else { bail!("no counters of TCP in {text:?}") };
+        let mut both = names.split_whitespace().zip(values.split_whitespace());
+        let (_, value) =
+            both.find(|(found, _)| *found == name).with_context(|| format!("no counter {name}"))?;
+        Ok(value.parse()?)
     }
 
     /// `ip -n <name> <words>`.
