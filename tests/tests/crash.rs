@@ -456,7 +456,7 @@ async fn points(agent: &Agent) -> Result<BTreeSet<String>> {
         filters.contains(&name)
     };
     let needs_line = |name: &str| {
-        let more = ["network.line", "port.close.line", "port.close.drain", "line.remove"];
+        let more = ["network.line", "port.close.line", "port.close.drain", "line.steer", "line.remove"];
         name.starts_with("port.line") || more.contains(&name)
     };
     let possible = |name: &&str| {
