@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
@@ -237,12 +237,7 @@ impl Programs {
             .override_global("SOCKET_CGROUPS", &known, true)
             .load(OBJECT)
             .context("creating the eBPF maps")?;
-        for program in Program::ALL {
-            let name = program.name();
-            classifier(&mut ebpf, program)?
-                .load()
-                .with_context(|| format!("the kernel refuses the eBPF program {name}"))?;
-        }
+        verify(&mut ebpf)?;
         let mut map =
             |name: &str| ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"));
         let table = Arc::new(Mapped::new(map("TABLE")?)?);
@@ -419,6 +414,29 @@ fn only_when_idle() {
     if unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const no_priority) } != 0 {
         tracing::debug!("lowering the priority of a thread: {}", io::Error::last_os_error());
     }
+}
+
+/// Has the kernel verify and take every program, all at once: each takes a while, and the verifier minds only its own.
+fn verify(ebpf: &mut Ebpf) -> Result<()> {
+    let names = Program::ALL.map(Program::name);
+    thread::scope(|scope| {
+        let of_ours = ebpf.programs_mut().filter(|(name, _)| names.contains(name));
+        let loading: Vec<_> = of_ours
+            .map(|(name, program)| {
+                let load = move || -> Result<()> {
+                    let program: &mut SchedClassifier =
+                        program.try_into().with_context(|| format!("{name} is no classifier"))?;
+                    program.load().with_context(|| format!("the kernel refuses the eBPF program {name}"))
+                };
+                thread::Builder::new().name("verify".to_owned()).spawn_scoped(scope, load)
+            })
+            .collect();
+        ensure!(loading.len() == names.len(), "the eBPF object lacks one of {names:?}");
+        for thread in loading {
+            thread?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        Ok(())
+    })
 }
 
 fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier> {
