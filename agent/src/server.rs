@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    panic::resume_unwind,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -10,7 +11,7 @@ use std::{
 
 use futures::{Stream, StreamExt, future::join_all, stream};
 use squall_proto::v1::{self, agent_server::Agent};
-use tokio::sync::{Mutex as AsyncMutex, Semaphore, broadcast::error::RecvError, oneshot};
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, broadcast::error::RecvError};
 use tokio_stream::wrappers::IntervalStream;
 use tonic::{Request, Response, Status};
 
@@ -505,17 +506,13 @@ async fn at_leisure<T: Send + 'static>(
     readers: &Arc<Semaphore>,
     f: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Status> {
-    let failed = |e: &dyn std::fmt::Display| Status::internal(format!("a thread of the agent failed: {e}"));
-    let reader = Arc::clone(readers).acquire_owned().await.map_err(|e| failed(&e))?;
-    let (reply, answer) = oneshot::channel();
-    let read = move || {
-        let _until_it_is_done = reader;
+    let leisurely = || {
         proc::be_nice(LEISURE);
-        let _nobody_asks_any_more = reply.send(f());
+        f()
     };
     // A thread of its own: without CAP_SYS_NICE none becomes less nice again.
-    thread::Builder::new().name("at leisure".to_owned()).spawn(read).map_err(|e| failed(&e))?;
-    answer.await.map_err(|e| failed(&e))
+    let read = || thread::spawn(leisurely).join().unwrap_or_else(|panic| resume_unwind(panic));
+    reading(readers, read).await
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ pub mod line;
 pub mod memory;
 pub mod netns;
 pub mod port;
-#[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range")]
+#[expect(unsafe_code, reason = "calls that nix has not: pidfd, close_range, setpriority")]
 pub mod proc;
 pub mod resolve;
 pub mod sockets;

@@ -2,7 +2,7 @@
 //!
 //! A veth end hands a packet to the CPU that sends it (`netif_rx`), and a qdisc is emptied by whichever CPU comes by. So packets of one
 //! flow can lie in the backlogs of two CPUs at once, and overtake each other there. RPS chooses the CPU by the flow's hash instead
-//! (`get_rps_cpu` in net/core/dev.c, 5.10 to 7.2). It has no other interface than sysfs.
+//! (`get_rps_cpu` in net/core/dev.c, 6.1). It has no other interface than sysfs.
 
 use std::{
     ffi::CStr,
