@@ -22,6 +22,7 @@ mod stop;
 mod stress;
 mod target;
 mod time;
+mod upgrade;
 
 use std::{
     fs,
@@ -55,10 +56,11 @@ use crate::{
         listen::{self, PING},
     },
     engine::Engine,
-    fault::KINDS,
+    fault::{AnyFault, KINDS},
     journal::Journal,
     limits::{Limits, Pattern},
     stop::Stop,
+    upgrade::{Known, Upgrade},
 };
 
 /// Longest message a client may send, bytes.
@@ -116,6 +118,13 @@ struct Run {
     /// Drain and exit when standard input closes: the agent then lives no longer than who started it
     #[arg(long)]
     exit_on_stdin_eof: bool,
+    /// What becomes of live injections when another agent takes this one's place
+    ///
+    /// With take-over SIGTERM reverts them as always, and writes down how to go on; the next agent on the same state directory, also
+    /// with take-over, injects them again, to end when they would have ended, where lease and deadline have not passed, the
+    /// target is the same, and its limits allow it. Any other end (SIGINT, SIGKILL, end of input) is for good.
+    #[arg(long, value_enum, default_value_t = Upgrade::End)]
+    upgrade: Upgrade,
     /// Longest time an injection may ask for
     #[arg(long, default_value = "3600", value_name = "SECONDS")]
     longest: u64,
@@ -224,6 +233,12 @@ async fn run(args: Run) -> Result<()> {
     let reason = format!("squall-agent {} started", env!("CARGO_PKG_VERSION"));
     audit.note(Entry { method: "start".to_owned(), reason, ..Entry::default() });
     let local = listen::local(listen(&args.socket, args.access.socket_group)?);
+    let remote = access::listen(&args.access).await?;
+    if let Some((_, address)) = &remote {
+        fault::keep_open(address.port());
+    }
+    // Before anybody is served: who asks for an injection finds it live or learns why it is not.
+    upgrade::resume(&engine, &audit, args.upgrade, &Known { kinds: KINDS, parse: AnyFault::parse }).await;
     let (health_reporter, health) = tonic_health::server::health_reporter();
     let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone()).await)
         .max_decoding_message_size(LARGEST_MESSAGE);
@@ -233,10 +248,8 @@ async fn run(args: Run) -> Result<()> {
         .timeout(LONGEST_CALL)
         .http2_max_header_list_size(LARGEST_HEADERS)
         .max_concurrent_streams(MOST_STREAMS);
-    let remote = access::listen(&args.access).await?;
     let mut serving = JoinSet::new();
     if let Some((remote, address)) = remote {
-        fault::keep_open(address.port());
         let mut server =
             server.clone().http2_keepalive_interval(Some(PING)).http2_keepalive_timeout(Some(PING));
         let server = server.add_service(health.clone()).add_service(service.clone());
@@ -257,7 +270,11 @@ async fn run(args: Run) -> Result<()> {
     };
     info!(why, "draining");
     drop(serving);
-    let stuck = engine.drain("the agent was stopped").await;
+    let stuck = if (args.upgrade, why) == (Upgrade::TakeOver, "SIGTERM") {
+        engine.hand_over().await
+    } else {
+        engine.drain("the agent was stopped").await
+    };
     let _gone = fs::remove_file(&args.socket);
     // Behind this line nothing waits any more.
     let stop = Entry { method: "stop".to_owned(), reason: why.to_owned(), ..Entry::default() };

@@ -1,7 +1,6 @@
 //! gRPC ⇄ the engine. Requests become domain types here, once; past this file nothing in them can be invalid.
 
 use std::{
-    collections::HashMap,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -48,8 +47,6 @@ pub struct Server {
     engine: Engine,
     faults: Vec<v1::FaultSupport>,
     audit: Audit,
-    /// Who injected what, by id.
-    owners: Mutex<HashMap<String, String>>,
     /// Held by whoever has his injections counted.
     counting: AsyncMutex<()>,
     readers: Arc<Semaphore>,
@@ -70,7 +67,6 @@ impl Server {
             engine,
             faults,
             audit,
-            owners: Mutex::default(),
             counting: AsyncMutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
             describers: Arc::new(Semaphore::new(MOST_READERS)),
@@ -138,32 +134,20 @@ impl Server {
         let faults = targets.iter().map(|_| parse()).collect::<Result<_, _>>()?;
         let order = Order {
             id: request.id,
+            owner: grant.who.clone(),
             targets,
             faults,
             duration,
             lease: Duration::from_nanos(request.lease_ns),
             dry_run: request.dry_run,
         };
-        let injections = self.engine.arm(order).await.map_err(refused)?;
-        if !request.dry_run {
-            let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = self.engine.list();
-            owners.retain(|id, _| known.iter().any(|i| i.id == *id));
-            for injection in &injections {
-                owners.entry(injection.id.clone()).or_insert_with(|| grant.who.clone());
-            }
-        }
-        Ok(injections)
-    }
-
-    fn owner(&self, id: &str) -> Option<String> {
-        self.owners.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+        self.engine.arm(order).await.map_err(refused)
     }
 
     /// How many live injections a caller has, besides those of an order that is repeated.
     fn live_of(&self, grant: &Grant, order: &str) -> usize {
         let live = self.engine.list().into_iter().filter(|i| engine::is_live(i) && !names(order, &i.id));
-        live.filter(|i| self.owner(&i.id).as_ref() == Some(&grant.who)).count()
+        live.filter(|i| self.engine.owner(&i.id).as_ref() == Some(&grant.who)).count()
     }
 
     /// Refuses injections of somebody else, except to an admin.
@@ -173,7 +157,7 @@ impl Server {
         }
         let known = self.engine.list();
         let named = known.iter().filter(|i| ids.iter().any(|id| names(id, &i.id)));
-        let mut foreign = named.filter(|i| self.owner(&i.id).as_ref() != Some(&grant.who));
+        let mut foreign = named.filter(|i| self.engine.owner(&i.id).as_ref() != Some(&grant.who));
         match foreign.next() {
             Some(i) => Err(Status::permission_denied(format!(
                 "{} was injected by somebody else: {} may revert it, and change only his own",
@@ -311,7 +295,7 @@ impl Agent for Server {
             at_most("ids", &ids, MOST_IDS)?;
             entry.ids.clone_from(&ids);
             self.check_owner(&grant, &ids)?;
-            Ok(self.engine.renew(&ids).await)
+            self.engine.renew(&ids).await.map_err(refused)
         });
         Ok(Response::new(v1::RenewResponse { gone: renewed.await? }))
     }
@@ -481,6 +465,7 @@ fn refused(error: EngineError) -> Status {
         EngineError::Conflict(_) => Status::already_exists(message),
         EngineError::Unknown(_) => Status::not_found(message),
         EngineError::Full(_) => Status::resource_exhausted(message),
+        EngineError::Leaving => Status::unavailable(message),
         EngineError::Stopped | EngineError::Host(_) => Status::failed_precondition(message),
     }
 }

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -34,7 +35,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::wrong::Wrong;
+use crate::{faults::LEASE, wrong::Wrong};
 
 /// Calls that only read or prepare.
 const QUICK: Duration = Duration::from_secs(10);
@@ -44,6 +45,8 @@ const RENEW: Duration = Duration::from_secs(3);
 const REVERT: Duration = Duration::from_secs(30);
 /// From the start of a local agent to its health service, which waits for the journal to be replayed.
 const START: Duration = Duration::from_secs(30);
+/// Between two tries to reach an agent that may be in the middle of an upgrade.
+const AGAIN: Duration = Duration::from_millis(200);
 /// A draining agent reverts what it holds.
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -241,6 +244,8 @@ pub(crate) struct Agent {
     /// What it said about its node when it was reached.
     pub about: v1::DescribeResponse,
     client: AgentClient<Channel>,
+    /// When it last said anything.
+    heard: Arc<Mutex<Instant>>,
 }
 
 type Called<T> = Result<T, CallError>;
@@ -256,7 +261,34 @@ impl Agent {
             .with_context(|| format!("the agent at {address} does not answer"))?
             .map_err(|status| anyhow!("the agent at {address}: {}", status.message()))?
             .into_inner();
-        Ok(Self { node: about.node.clone(), address: address.to_string(), about, client })
+        Ok(Self {
+            node: about.node.clone(),
+            address: address.to_string(),
+            about,
+            client,
+            heard: Arc::new(Mutex::new(Instant::now())),
+        })
+    }
+
+    /// Notes that it said something.
+    pub(crate) fn heard(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Whether an error may be that of an upgrade: another agent may take over until the leases are over, one lease after
+    /// this one said its last.
+    pub(crate) fn may_return(&self, error: &CallError) -> bool {
+        let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(error, CallError::Lost { .. }) && heard.elapsed() < LEASE
+    }
+
+    /// Waits a moment where the agent may return; else gives the error back.
+    pub(crate) async fn await_return(&self, error: CallError) -> Called<()> {
+        if !self.may_return(&error) {
+            return Err(error);
+        }
+        sleep(AGAIN).await;
+        Ok(())
     }
 
     async fn call<T>(
@@ -265,7 +297,10 @@ impl Agent {
         call: impl Future<Output = Result<tonic::Response<T>, Status>>,
     ) -> Called<T> {
         match timeout(limit, call).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Ok(response)) => {
+                self.heard();
+                Ok(response.into_inner())
+            }
             Ok(Err(status)) => Err(CallError::of(&self.node, &status)),
             Err(_) => {
                 let message = format!("no answer within {}", humantime::format_duration(limit));

@@ -133,9 +133,22 @@ pub(crate) async fn status(common: &Common) -> Result<u8> {
                 table.add_row([i.id.clone(), node.clone(), target, fault, state(i), ends(i), measured(i)]);
             }
             out(&format!("{table}\n"));
+            for (_, i) in &found {
+                out(&resumed(i));
+            }
         }
     }
     Ok(exit::OK)
+}
+
+/// A line where the agent was replaced meanwhile; else nothing.
+pub(crate) fn resumed(i: &v1::Injection) -> String {
+    let Some(v1::Resumption { agent_version, gap_ns, .. }) = &i.resumed else { return String::new() };
+    let gap = *gap_ns as f64 / 1e9;
+    format!(
+        "! {}: resumed by agent {agent_version} after {gap:.1} s without it; what is counted began anew\n",
+        i.id
+    )
 }
 
 /// An injection as JSON.
@@ -153,6 +166,10 @@ pub(crate) fn injection_json(node: &str, i: &v1::Injection) -> Value {
         "warnings": i.warnings,
         "reason": i.reason,
         "seed": i.seed,
+        "resumed": i.resumed.as_ref().map(|r| json!({
+            "agent": r.agent_version,
+            "after_seconds": r.gap_ns as f64 / 1e9,
+        })),
         "ends_in_seconds": is_live(i).then(|| left(i, i.ends_boot_ns).as_secs_f64()),
         "lease_ends_in_seconds": is_live(i).then(|| left(i, i.lease_ends_boot_ns).as_secs_f64()),
         "bit": effect.is_some_and(|e| e.bit),
@@ -172,6 +189,7 @@ fn state_name(state: State) -> &'static str {
         State::Reverted => "reverted",
         State::Stuck => "stuck",
         State::Failed => "failed",
+        State::HandedOver => "handed over",
     }
 }
 

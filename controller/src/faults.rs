@@ -141,7 +141,8 @@ impl Held {
         Ok(all)
     }
 
-    /// Renews all leases. Gives what is not live any more: index of the agent and id.
+    /// Renews all leases. Gives what is not live any more: index of the agent and id. An agent that is lost, but may return
+    /// before its leases are over, is no error yet.
     pub(crate) async fn renew(&self, agents: &[Agent]) -> Result<Vec<(usize, String)>, CallError> {
         let renewed = self
             .ids
@@ -149,7 +150,11 @@ impl Held {
             .map(|(&agent, ids)| async move { (agent, agents[agent].renew(ids.clone()).await) });
         let mut gone = Vec::new();
         for (agent, renewed) in join_all(renewed).await {
-            gone.extend(renewed?.into_iter().map(|id| (agent, id)));
+            match renewed {
+                Ok(ids) => gone.extend(ids.into_iter().map(|id| (agent, id))),
+                Err(e) if agents[agent].may_return(&e) => {}
+                Err(e) => return Err(e),
+            }
         }
         Ok(gone)
     }

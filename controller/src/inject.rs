@@ -14,7 +14,7 @@ use tokio::{
 use crate::{
     agents::{Agent, Agents, CallError, Local},
     cli::{Common, Inject, Output, exit},
-    commands::{err, injection_json, measured, out, print_json, state},
+    commands::{err, injection_json, measured, out, print_json, resumed, state},
     faults::{Armed, Held, LEASE, Order, RENEW_EVERY, left, new_id},
     plan::fault::time,
     report::figure::several,
@@ -192,6 +192,7 @@ async fn finish(
     } else {
         for (agent, i) in &taken.injections {
             out(&format!("  {}  {}  {}  {}\n", agents[*agent].node, i.id, state(i), measured(i)));
+            err(&resumed(i));
         }
         out(&format!("{reverted} of {} reverted\n", fired.len()));
     }

@@ -119,6 +119,8 @@ struct Tracked {
     reverting: Option<f64>,
     /// Last effect on record, and last reason why it is stuck.
     effects: BTreeMap<(usize, String), (bool, Vec<Figure>)>,
+    /// When what was resumed was, on the clock of its node.
+    resumed: BTreeMap<(usize, String), u64>,
     stuck: BTreeMap<(usize, String), String>,
 }
 
@@ -135,6 +137,12 @@ impl Tracker {
             return;
         }
         let (id, node) = (injection.id.clone(), context.agents[agent].node.clone());
+        if let Some(resumed) = &injection.resumed
+            && tracked.resumed.insert(key.clone(), resumed.at_boot_ns) != Some(resumed.at_boot_ns)
+        {
+            let (agent, gap) = (resumed.agent_version.clone(), resumed.gap_ns as f64 / 1e9);
+            context.log.record(What::Resumed { id: id.clone(), node: node.clone(), agent, gap });
+        }
         if let Some(effect) = &injection.effect {
             let effect = (effect.bit, figures(effect));
             if tracked.effects.get(&key) != Some(&effect) {
@@ -334,21 +342,53 @@ fn follow(context: &Arc<Context>, tracker: &Arc<Tracker>, beside: &mut JoinSet<(
     });
 }
 
+/// Follows the injections of an agent, and of the one that takes its place.
 async fn watch(
     context: &Context,
     tracker: &Tracker,
     agent: usize,
     ids: Vec<String>,
 ) -> Result<(), CallError> {
-    let mut stream = context.agents[agent].watch(ids).await?;
+    let of = &context.agents[agent];
+    loop {
+        let mut lost = watch_once(context, tracker, agent, ids.clone()).await;
+        let known = loop {
+            of.await_return(lost).await?;
+            match of.list().await {
+                Ok(known) => break known,
+                Err(e) => lost = e,
+            }
+        };
+        for id in &ids {
+            let forgotten = || v1::Injection {
+                id: id.clone(),
+                state: State::Reverted.into(),
+                reason: "the agent was replaced, and the next one does not know it".into(),
+                ..v1::Injection::default()
+            };
+            let injection = known.iter().find(|i| i.id == *id).cloned().unwrap_or_else(forgotten);
+            tracker.heard(context, agent, &injection);
+        }
+    }
+}
+
+/// Follows until the stream ends; says why it did.
+async fn watch_once(context: &Context, tracker: &Tracker, agent: usize, ids: Vec<String>) -> CallError {
+    let of = &context.agents[agent];
+    let mut stream = match of.watch(ids).await {
+        Ok(stream) => stream,
+        Err(e) => return e,
+    };
     loop {
         match stream.message().await {
-            Ok(Some(injection)) => tracker.heard(context, agent, &injection),
-            Ok(None) => {
-                let (node, message) = (context.agents[agent].node.clone(), "it closed its stream".into());
-                return Err(CallError::Lost { node, message });
+            Ok(Some(injection)) => {
+                of.heard();
+                tracker.heard(context, agent, &injection);
             }
-            Err(status) => return Err(context.agents[agent].stream_error(&status)),
+            Ok(None) => {
+                return CallError::Lost { node: of.node.clone(), message: "it closed its stream".into() };
+            }
+            Err(status) => return of.stream_error(&status),
         }
     }
 }
@@ -373,9 +413,9 @@ async fn renew(context: &Context, tracker: &Tracker) -> Result<(), CallError> {
 
 /// Ends everything that may be live and waits until the hosts are as before.
 async fn take_back(context: &Context, tracker: &Tracker) -> Result<(), Stopped> {
-    let mut lost = Vec::new();
     let mut stuck = Vec::new();
-    for attempt in 1..=REVERT_TRIES {
+    let mut tries = 0;
+    let lost = loop {
         let held = {
             let mut known = tracker.lock();
             known.reverting.get_or_insert(context.clock.now());
@@ -395,14 +435,14 @@ async fn take_back(context: &Context, tracker: &Tracker) -> Result<(), Stopped> 
                 stuck.push(format!("{} on {node}: {}", injection.id, injection.reason));
             }
         }
-        lost = taken.unasked;
-        if stuck.is_empty() {
-            break;
+        // The next agent might resume what nobody could be asked to revert.
+        let returns = taken.unasked.iter().any(|(agent, _, e)| context.agents[*agent].may_return(e));
+        tries += usize::from(!stuck.is_empty());
+        if !returns && (stuck.is_empty() || tries == REVERT_TRIES) {
+            break taken.unasked;
         }
-        if attempt < REVERT_TRIES {
-            sleep(Duration::from_secs(1)).await;
-        }
-    }
+        sleep(Duration::from_secs(1)).await;
+    };
     for (agent, ids, why) in &lost {
         let (ids, node) = (ids.join(", "), &context.agents[*agent].node);
         let lease = humantime::format_duration(crate::faults::LEASE);
