@@ -6,7 +6,7 @@
 //! [`watch`] value that anybody may read; commands reach it through a channel.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -29,6 +29,7 @@ use crate::{
     journal::{Journal, Record, boot_id, is_id},
     limits::{Invalid, Limits},
     metrics::METRICS,
+    pods::Pods,
     stop::Stop,
     target::Target,
     time::{BootTime, sleep_until},
@@ -97,6 +98,8 @@ struct Shared {
     stop: Stop,
     boot_id: String,
     injections: Mutex<BTreeMap<String, Entry>>,
+    /// Held from the look at what is live to what comes beside it.
+    arming: Mutex<()>,
     changes: broadcast::Sender<v1::Injection>,
 }
 
@@ -144,6 +147,7 @@ impl Engine {
             stop,
             boot_id: boot_id()?,
             injections: Mutex::default(),
+            arming: Mutex::default(),
             changes: broadcast::channel(1024).0,
         })))
     }
@@ -194,11 +198,18 @@ impl Engine {
             return Err(Invalid::new("id", &order.id, "not an id", fix).into());
         }
         self.0.limits.check_times(order.duration, order.lease)?;
+        let logs = self.0.limits.pod_logs.clone();
+        let pods = tokio::task::spawn_blocking(move || Pods::read(&logs)).await.context("look for pods")?;
         let many = order.targets.len() > 1;
         let mut planned = Vec::new();
         for (n, (target, fault)) in order.targets.into_iter().zip(order.faults).enumerate() {
             let id = if many { format!("{}.{n}", order.id) } else { order.id.clone() };
-            self.0.limits.check_protected(&target.name, &target.hurt(fault.scope()))?;
+            let hurt = target.hurt(fault.scope());
+            self.0.limits.check_protected(&target.name, &hurt)?;
+            let hurt = pods.hurt(&target, fault.scope(), &hurt);
+            let namespaces = hurt.iter().map(|uid| (uid.as_str(), pods.namespace(uid)));
+            self.0.limits.check_namespaces(&target.name, namespaces)?;
+            let hurt = pods.beyond(&target, fault.scope(), hurt);
             fault.check(&target, &self.0.limits)?;
             let digest = format!("{} {} {}", fault.kind().name, target.identity(), fault.summary());
             if let Some(there) = self.0.same_order(&id, &digest, order.duration, order.lease)? {
@@ -207,13 +218,19 @@ impl Engine {
             }
             self.0.refuse_beside_stuck(&target)?;
             let plan = fault.plan(&target).await?;
-            let core = Core::armed(Arc::clone(&self.0), &id, &fault, target, &plan);
+            let core = Core::armed(Arc::clone(&self.0), &id, &fault, target, &plan, (hurt, pods.count()));
             planned.push((id, core, Some((fault, digest))));
         }
+        let _one_at_a_time = self.0.arming.lock().unwrap_or_else(PoisonError::into_inner);
         let new = planned.iter().filter(|(_, _, new)| new.is_some()).count();
         let live = self.0.live();
         if live + new > self.0.limits.most_injections {
             return Err(EngineError::Full(live));
+        }
+        let mut hurt = self.0.hurt();
+        for (_, core, _) in planned.iter().filter(|(_, _, new)| new.is_some()) {
+            hurt.extend(core.injection().pods);
+            self.0.limits.check_pods(&core.target.name, hurt.len(), pods.count())?;
         }
         let mut armed = Vec::new();
         for (id, core, new) in planned {
@@ -396,6 +413,12 @@ impl Shared {
         self.lock().values().filter(|e| is_live(&e.core.injection())).count()
     }
 
+    /// UIDs of the pods that are hurt by what is live.
+    fn hurt(&self) -> BTreeSet<String> {
+        let live = self.lock().values().map(|e| e.core.injection()).filter(is_live).collect::<Vec<_>>();
+        live.into_iter().flat_map(|injection| injection.pods).collect()
+    }
+
     fn insert(&self, id: String, entry: Entry) {
         let mut injections = self.lock();
         injections.insert(id, entry);
@@ -452,6 +475,7 @@ impl Core {
         fault: &AnyFault,
         target: Target,
         plan: &Planned<Value>,
+        (pods, pods_there): (BTreeSet<String>, usize),
     ) -> Arc<Self> {
         let injection = v1::Injection {
             id: id.to_owned(),
@@ -463,16 +487,20 @@ impl Core {
             warnings: plan.warnings.clone(),
             mechanism: plan.mechanism.clone(),
             seed: plan.seed,
+            pods: pods.into_iter().collect(),
+            pods_there: pods_there as u32,
             ..v1::Injection::default()
         };
         Self::new(shared, fault.kind(), target, plan.undo.clone(), injection)
     }
 
     fn left_over(shared: Arc<Shared>, kind: Kind, record: Record) -> Arc<Self> {
+        let target = v1::ResolvedTarget::from(&record.target);
         let injection = v1::Injection {
             id: record.id,
             kind: kind.name.to_owned(),
-            target: Some((&record.target).into()),
+            pods: Some(target.pod.clone()).filter(|pod| !pod.is_empty()).into_iter().collect(),
+            target: Some(target),
             state: State::Stuck.into(),
             summary: "left by an earlier agent".to_owned(),
             ..v1::Injection::default()
