@@ -9,7 +9,7 @@
 //! **Invariant:** once somebody asked for a revert or a stop, there is no such record, and none comes to be.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex, PoisonError,
@@ -36,6 +36,7 @@ use crate::{
     journal::{Journal, Left, Record, boot_id, is_id},
     limits::{Invalid, Limits},
     metrics::METRICS,
+    pods::Pods,
     stop::Stop,
     target::Target,
     time::{BootTime, sleep_until},
@@ -111,6 +112,8 @@ struct Shared {
     leaving: AtomicBool,
     boot_id: String,
     injections: Mutex<BTreeMap<String, Entry>>,
+    /// Held from the look at what is live to what comes beside it.
+    arming: Mutex<()>,
     changes: broadcast::Sender<v1::Injection>,
 }
 
@@ -174,6 +177,7 @@ impl Engine {
             leaving: AtomicBool::new(false),
             boot_id: boot_id()?,
             injections: Mutex::default(),
+            arming: Mutex::default(),
             changes: broadcast::channel(1024).0,
         })))
     }
@@ -224,11 +228,12 @@ impl Engine {
             return Err(Invalid::new("id", &order.id, "not an id", fix).into());
         }
         self.0.limits.check_times(order.duration, order.lease)?;
+        let pods = self.0.pods().await?;
         let many = order.targets.len() > 1;
         let mut planned = Vec::new();
         for (n, (target, fault)) in order.targets.into_iter().zip(order.faults).enumerate() {
             let id = if many { format!("{}.{n}", order.id) } else { order.id.clone() };
-            self.0.check(&target, &fault)?;
+            let hurt = self.0.check(&target, &fault, &pods)?;
             let digest = format!("{} {} {}", fault.kind().name, target.identity(), fault.summary());
             if let Some(there) = self.0.same_order(&id, &digest, order.duration, order.lease)? {
                 planned.push((there, None));
@@ -236,13 +241,20 @@ impl Engine {
             }
             self.0.refuse_beside_stuck(&target)?;
             let plan = fault.plan(&target).await?;
-            let core = Core::armed(Arc::clone(&self.0), &id, &order.owner, &fault, target, &plan);
+            let pods = (hurt, pods.count());
+            let core = Core::armed(Arc::clone(&self.0), &id, &order.owner, &fault, target, &plan, pods);
             planned.push((core, Some((fault, digest))));
         }
+        let _one_at_a_time = self.0.arming.lock().unwrap_or_else(PoisonError::into_inner);
         let new = planned.iter().filter(|(_, new)| new.is_some()).count();
         let live = self.0.live();
         if live + new > self.0.limits.most_injections {
             return Err(EngineError::Full(live));
+        }
+        let mut hurt = self.0.hurt();
+        for (core, _) in planned.iter().filter(|(_, new)| new.is_some()) {
+            hurt.extend(core.injection().pods);
+            self.0.limits.check_pods(&core.target.name, hurt.len(), pods.count())?;
         }
         let mut armed = Vec::new();
         for (core, new) in planned {
@@ -305,16 +317,22 @@ impl Engine {
             return over("its target is gone");
         }
         self.0.limits.check_times(left.duration, left.lease)?;
-        self.0.check(&left.target, &fault)?;
+        let pods = self.0.pods().await?;
+        let hurt = self.0.check(&left.target, &fault, &pods)?;
         self.0.refuse_beside_stuck(&left.target)?;
+        fault.draw_from(left.seed);
+        let plan = fault.plan(&left.target).await?;
+        let _one_at_a_time = self.0.arming.lock().unwrap_or_else(PoisonError::into_inner);
         let live = self.0.live();
         if live >= self.0.limits.most_injections {
             return Err(EngineError::Full(live));
         }
-        fault.draw_from(left.seed);
-        let plan = fault.plan(&left.target).await?;
+        let mut all = self.0.hurt();
+        all.extend(hurt.iter().cloned());
+        self.0.limits.check_pods(&left.target.name, all.len(), pods.count())?;
         let owner = left.owner.as_deref().unwrap_or_default();
-        let core = Core::armed(Arc::clone(&self.0), &left.id, owner, &fault, left.target.clone(), &plan);
+        let (target, pods) = (left.target.clone(), (hurt, pods.count()));
+        let core = Core::armed(Arc::clone(&self.0), &left.id, owner, &fault, target, &plan, pods);
         self.start(core, fault, (left.order.clone(), left.duration, left.lease), Some(left.clone()));
         Ok(())
     }
@@ -533,9 +551,21 @@ impl Shared {
     }
 
     /// Refuses what nobody may do to this target here.
-    fn check(&self, target: &Target, fault: &AnyFault) -> Result<(), EngineError> {
-        self.limits.check_protected(&target.name, &target.hurt(fault.scope()))?;
-        Ok(fault.check(target, &self.limits)?)
+    /// The UIDs of the pods that a fault on a target would hurt.
+    fn check(&self, target: &Target, fault: &AnyFault, pods: &Pods) -> Result<BTreeSet<String>, EngineError> {
+        let hurt = target.hurt(fault.scope());
+        self.limits.check_protected(&target.name, &hurt)?;
+        let hurt = pods.hurt(target, fault.scope(), &hurt);
+        let namespaces = hurt.iter().map(|uid| (uid.as_str(), pods.namespace(uid)));
+        self.limits.check_namespaces(&target.name, namespaces)?;
+        fault.check(target, &self.limits)?;
+        Ok(pods.beyond(target, fault.scope(), hurt))
+    }
+
+    /// The pods on this node, now.
+    async fn pods(&self) -> Result<Pods> {
+        let logs = self.limits.pod_logs.clone();
+        tokio::task::spawn_blocking(move || Pods::read(&logs)).await.context("look for pods")
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Entry>> {
@@ -544,6 +574,12 @@ impl Shared {
 
     fn live(&self) -> usize {
         self.lock().values().filter(|e| is_live(&e.core.injection())).count()
+    }
+
+    /// UIDs of the pods that are hurt by what is live.
+    fn hurt(&self) -> BTreeSet<String> {
+        let live = self.lock().values().map(|e| e.core.injection()).filter(is_live).collect::<Vec<_>>();
+        live.into_iter().flat_map(|injection| injection.pods).collect()
     }
 
     fn insert(&self, id: String, entry: Entry) {
@@ -603,6 +639,7 @@ impl Core {
         fault: &AnyFault,
         target: Target,
         plan: &Planned<Value>,
+        (pods, pods_there): (BTreeSet<String>, usize),
     ) -> Arc<Self> {
         let injection = v1::Injection {
             id: id.to_owned(),
@@ -614,6 +651,8 @@ impl Core {
             warnings: plan.warnings.clone(),
             mechanism: plan.mechanism.clone(),
             seed: plan.seed,
+            pods: pods.into_iter().collect(),
+            pods_there: pods_there as u32,
             ..v1::Injection::default()
         };
         let owner = Some(owner.to_owned()).filter(|owner| !owner.is_empty());
@@ -621,10 +660,12 @@ impl Core {
     }
 
     fn left_over(shared: Arc<Shared>, kind: Kind, record: Record) -> Arc<Self> {
+        let target = v1::ResolvedTarget::from(&record.target);
         let injection = v1::Injection {
             id: record.id,
             kind: kind.name.to_owned(),
-            target: Some((&record.target).into()),
+            pods: Some(target.pod.clone()).filter(|pod| !pod.is_empty()).into_iter().collect(),
+            target: Some(target),
             state: State::Stuck.into(),
             summary: "left by an earlier agent".to_owned(),
             ..v1::Injection::default()

@@ -16,6 +16,7 @@ mod host;
 mod journal;
 mod limits;
 mod metrics;
+mod pods;
 mod sample;
 mod server;
 mod stop;
@@ -58,7 +59,7 @@ use crate::{
     engine::Engine,
     fault::{AnyFault, KINDS},
     journal::Journal,
-    limits::{Limits, Pattern},
+    limits::{KUBE_SYSTEM, Limits, POD_LOGS, Pattern, share},
     stop::Stop,
     upgrade::{Known, Upgrade},
 };
@@ -140,6 +141,18 @@ struct Run {
     /// a cgroup with all below it. Repeatable; pid 1, what runs and reaches the node, and this agent always are
     #[arg(long, value_name = "PATTERN")]
     protect: Vec<Pattern>,
+    /// Protect the pods of this namespace of Kubernetes, as those of kube-system always are. Repeatable
+    #[arg(long, value_name = "NAME")]
+    protect_namespace: Vec<String>,
+    /// Where the kubelet keeps the logs of pods, which say whose namespace a pod is of
+    #[arg(long, default_value = POD_LOGS, value_name = "DIR")]
+    pod_logs: PathBuf,
+    /// Largest share of this node's pods that may be hurt at once
+    #[arg(long, default_value = "100%", value_name = "SHARE", value_parser = share)]
+    most_pods: f64,
+    /// The zone this node is in, for the limits of plans
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", env = "SQUALL_ZONE")]
+    zone: String,
 }
 
 #[derive(Debug, Clone)]
@@ -219,6 +232,9 @@ async fn run(args: Run) -> Result<()> {
         most_injections: args.most_injections,
         whole_node_network: args.allow_whole_node_network,
         protect: args.protect,
+        protect_namespaces: [KUBE_SYSTEM.to_owned()].into_iter().chain(args.protect_namespace).collect(),
+        pod_logs: args.pod_logs,
+        most_pods: args.most_pods,
         ..Limits::default()
     };
     let engine = Engine::new(journal, limits, Stop::new(&args.state_dir))?;
@@ -240,7 +256,7 @@ async fn run(args: Run) -> Result<()> {
     // Before anybody is served: who asks for an injection finds it live or learns why it is not.
     upgrade::resume(&engine, &audit, args.upgrade, &Known { kinds: KINDS, parse: AnyFault::parse }).await;
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone()).await)
+    let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone(), args.zone).await)
         .max_decoding_message_size(LARGEST_MESSAGE);
     health_reporter.set_serving::<AgentServer<server::Server>>().await;
     let mut server = Server::builder()

@@ -27,7 +27,7 @@ use crate::{
     limits::Invalid,
     metrics::METRICS,
     sample::Sampler,
-    target::{Scope, Selector, resolve},
+    target::{Scope, Selector, Target, resolve},
 };
 
 /// Shortest interval of a stream, so that a client cannot keep the agent busy.
@@ -46,6 +46,7 @@ const LEISURE: i32 = 10;
 pub struct Server {
     engine: Engine,
     faults: Vec<v1::FaultSupport>,
+    zone: String,
     audit: Audit,
     /// Held by whoever has his injections counted.
     counting: AsyncMutex<()>,
@@ -57,8 +58,8 @@ type Reply<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Server {
-    /// A server over an engine. Finds out what works on this node.
-    pub async fn new(engine: Engine, audit: Audit) -> Self {
+    /// A server over an engine, in a zone or none (""). Finds out what works on this node.
+    pub async fn new(engine: Engine, audit: Audit, zone: String) -> Self {
         let mut faults = join_all(KINDS.iter().map(Kind::describe)).await;
         for fault in &mut faults {
             fault.reason = fitting(std::mem::take(&mut fault.reason));
@@ -66,6 +67,7 @@ impl Server {
         Self {
             engine,
             faults,
+            zone,
             audit,
             counting: AsyncMutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
@@ -125,6 +127,7 @@ impl Server {
         let targets = reading(&self.readers, move || resolve(&selector, scope))
             .await?
             .map_err(|e| Status::not_found(e.to_string()))?;
+        let targets = only(targets, &request.only)?;
         let _counted = if grant.is_counted() { Some(self.counting.lock().await) } else { None };
         let live = self.live_of(grant, &request.id);
         grant.check_targets(scope, &targets, live).map_err(forbidden)?;
@@ -205,12 +208,14 @@ fn at_most<T>(field: &str, given: &[T], most: usize) -> Result<(), Status> {
 #[tonic::async_trait]
 impl Agent for Server {
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Reply<v1::DescribeResponse> {
-        let targets = request.into_inner().targets;
+        let v1::DescribeRequest { targets, fault } = request.into_inner();
         at_most("targets", &targets, MOST_TARGETS)?;
+        let fault = fault.map(AnyFault::parse).transpose().map_err(|e| refused(e.into()))?;
+        let scope = fault.map(|fault| fault.scope());
         let selectors: Vec<_> = targets.into_iter().map(|t| selector(Some(t))).collect::<Result<_, _>>()?;
         let mut found = Vec::new();
         for selector in selectors {
-            found.push(at_leisure(&self.describers, move || resolved(&selector)).await?);
+            found.push(at_leisure(&self.describers, move || resolved(&selector, scope)).await?);
         }
         let uname = nix::sys::utsname::uname().map_err(|e| Status::internal(format!("uname: {e}")))?;
         let limits = self.engine.limits();
@@ -230,7 +235,9 @@ impl Agent for Server {
                 longest_ns: limits.longest.as_nanos() as u64,
                 longest_lease_ns: limits.longest_lease.as_nanos() as u64,
                 most_injections: limits.most_injections as u32,
+                most_pods: limits.most_pods,
             }),
+            zone: self.zone.clone(),
         }))
     }
 
@@ -420,12 +427,26 @@ fn selector(target: Option<v1::Target>) -> Result<Selector, Status> {
     Selector::parse(target.ok_or_else(|| missing("target"))?).map_err(|e| refused(e.into()))
 }
 
-fn resolved(selector: &Selector) -> v1::Resolved {
+/// Those of the targets that a caller chose by their identities; all, where he chose none.
+fn only(targets: Vec<Target>, chosen: &[String]) -> Result<Vec<Target>, Status> {
+    at_most("only", chosen, MOST_IDS)?;
+    if chosen.is_empty() {
+        return Ok(targets);
+    }
+    let known: Vec<_> = targets.into_iter().map(|target| (target.identity(), target)).collect();
+    if let Some(gone) = chosen.iter().find(|id| known.iter().all(|(known, _)| known != *id)) {
+        return Err(Status::not_found(format!("no target: {gone} was chosen and is not there any more")));
+    }
+    Ok(known.into_iter().filter(|(id, _)| chosen.contains(id)).map(|(_, target)| target).collect())
+}
+
+/// What a selector means now, as a fault of this scope takes hold of it, or thing by thing.
+fn resolved(selector: &Selector, scope: Option<Scope>) -> v1::Resolved {
     // An interface is the one target that is no process.
-    let scope = match selector {
+    let scope = scope.unwrap_or(match selector {
         Selector::Interface { .. } => Scope::Network,
         Selector::Process { .. } | Selector::Cgroup(_) => Scope::Process,
-    };
+    });
     match resolve(selector, scope) {
         Ok(targets) => {
             v1::Resolved { targets: targets.iter().map(Into::into).collect(), error: String::new() }
@@ -511,10 +532,10 @@ mod tests {
     fn every_kind_of_target_resolves() {
         let interface =
             Selector::Interface { name: "lo".to_owned(), netns: crate::target::NetnsSelector::Own };
-        let found = resolved(&interface);
+        let found = resolved(&interface, None);
         assert_eq!((found.error.as_str(), found.targets.len()), ("", 1));
         let none = Selector::Process { pid: None, exe: Some("squall-none".to_owned()), cmdline: None };
-        assert!(resolved(&none).error.contains("squall-none"));
+        assert!(resolved(&none, None).error.contains("squall-none"));
     }
 
     #[test]

@@ -309,10 +309,14 @@ impl Agent {
         }
     }
 
-    /// What the selectors resolve to there now, in order.
-    pub(crate) async fn resolve(&self, targets: Vec<v1::Target>) -> Called<Vec<v1::Resolved>> {
+    /// What the selectors resolve to there now, in order; with a fault as that takes hold of them.
+    pub(crate) async fn resolve(
+        &self,
+        targets: Vec<v1::Target>,
+        fault: Option<v1::Fault>,
+    ) -> Called<Vec<v1::Resolved>> {
         let mut client = self.client.clone();
-        let response = self.call(QUICK, client.describe(v1::DescribeRequest { targets })).await?;
+        let response = self.call(QUICK, client.describe(v1::DescribeRequest { targets, fault })).await?;
         Ok(response.resolved)
     }
 

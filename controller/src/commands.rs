@@ -54,12 +54,14 @@ fn node_json(agent: &Agent) -> Value {
         "agent": about.agent_version,
         "kernel": about.kernel,
         "cgroup": about.cgroup,
+        "zone": about.zone,
         "stopped": about.stopped,
         "faults": faults,
         "limits": about.limits.as_ref().map(|l| json!({
             "longest_seconds": l.longest_ns as f64 / 1e9,
             "longest_lease_seconds": l.longest_lease_ns as f64 / 1e9,
             "most_injections": l.most_injections,
+            "most_pods": l.most_pods,
         })),
     })
 }
@@ -68,8 +70,9 @@ fn node_text(agent: &Agent) -> String {
     let about = &agent.about;
     let stopped =
         if about.stopped { "  ! stopped: nothing may be injected until squall stop --release\n" } else { "" };
+    let zone = if about.zone.is_empty() { String::new() } else { format!("  zone {}", about.zone) };
     let text = format!(
-        "{}  kernel {}  cgroup {}  agent {}  {}\n{stopped}",
+        "{}{zone}  kernel {}  cgroup {}  agent {}  {}\n{stopped}",
         about.node, about.kernel, about.cgroup, about.agent_version, agent.address
     );
     let mut table = table();

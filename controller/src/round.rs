@@ -19,10 +19,10 @@ use crate::{
     check,
     clock::Clock,
     event::{Figure, Phase, What},
-    faults::{Held, NotArmed, RENEW_EVERY, as_event, figures},
+    faults::{Held, NotArmed, RENEW_EVERY, as_event, figures, nodes, resolved},
     gate,
     log::Log,
-    plan::{Abort, Blame, Plan, Probe},
+    plan::{Abort, Beyond, Blame, Plan, Probe},
     signals::{Asked, asked},
 };
 
@@ -268,22 +268,29 @@ async fn arm(
 ) -> Result<BTreeMap<(usize, String), String>, Stopped> {
     let orders = check::orders(&context.plan, round, &context.run, context.seed).map_err(Stopped::Ours)?;
     let mut on = BTreeMap::new();
-    for order in orders {
-        let armed = order.arm(&context.agents, false).await.map_err(|e| match e {
-            NotArmed::Wrong(why) => {
-                let name = &context.plan.rounds[round].name;
-                Stopped::Undecidable(format!("round {name} could not be made: {why}"))
-            }
-            NotArmed::Call(e) => e.into(),
-        })?;
+    let mut touched = Vec::new();
+    let name = &context.plan.rounds[round].name;
+    let not_armed = |e| match e {
+        NotArmed::Wrong(why) => Stopped::Undecidable(format!("round {name} could not be made: {why}")),
+        NotArmed::Call(e) => e.into(),
+    };
+    for mut order in orders {
+        order.choose(&context.agents).await.map_err(not_armed)?;
+        let armed = order.arm(&context.agents, false).await.map_err(not_armed)?;
         tracker.lock().held.add(&armed);
+        if let Some(choice) = &order.choice {
+            let names =
+                armed.iter().map(|(agent, i)| format!("{}  {}", context.agents[*agent].node, resolved(i)));
+            let names: Vec<_> = names.collect();
+            context.log.note(format!("{}: chosen {choice}: {}", order.summary, names.join(", ")));
+        }
+        touched.extend(order.touched(&armed));
         on.extend(armed.into_iter().map(|(agent, i)| ((agent, i.id), order.on.clone())));
     }
     // What was checked before the run may be more by now.
-    let touched = on.iter().map(|((agent, _), target)| (target.as_str(), *agent));
-    if let Some((field, beyond)) = context.plan.limits.beyond(touched, context.agents.len()) {
-        let name = &context.plan.rounds[round].name;
-        return Err(Stopped::Limit(format!("{field}: round {name}: {beyond}")));
+    if let Some(Beyond { field, problem, .. }) = context.plan.limits.beyond(&touched, &nodes(&context.agents))
+    {
+        return Err(Stopped::Limit(format!("{field}: round {name}: {problem}")));
     }
     Ok(on)
 }

@@ -211,6 +211,7 @@ impl Scenario {
             duration_ns: DURATION.as_nanos() as u64,
             lease_ns: lease.as_nanos() as u64,
             dry_run: false,
+            only: Vec::new(),
         };
         let injected = one(client.inject(request).await?.into_inner().injections)?;
         if injected.state() == State::Failed {

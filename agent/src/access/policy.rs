@@ -190,11 +190,7 @@ impl TryFrom<PlaceTerms> for Place {
 
 impl Place {
     fn holds(&self, target: &Target, scope: Scope) -> bool {
-        let own = target.netns.as_ref().is_some_and(|netns| netns.own);
-        // The packets of everybody on the node's network are more than those of one process or cgroup there.
-        let everybody =
-            own && (scope == Scope::Network || scope == Scope::Sockets && target.process.is_none());
-        let named = !everybody || matches!(self.netns, Some(Namespace::Own));
+        let named = !target.is_everybody(scope) || matches!(self.netns, Some(Namespace::Own));
         named
             && self.exe.as_ref().is_none_or(|exe| runs(target, exe))
             && self.cgroup.as_ref().is_none_or(|dir| below(target, dir))
