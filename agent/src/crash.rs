@@ -67,6 +67,7 @@ pub const POINTS: &[&str] = &[
     "port.closed",
     "line.veth",
     "line.made",
+    "line.steer",
     "line.up",
     "line.fq",
     "line.remove",
