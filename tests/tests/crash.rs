@@ -374,6 +374,7 @@ impl Sweep {
             duration_ns: DURATION.as_nanos() as u64,
             lease_ns: Duration::from_mins(5).as_nanos() as u64,
             dry_run: false,
+            only: Vec::new(),
         };
         let injected = one(self.agent.client().await?.inject(request).await?.into_inner().injections)?;
         ensure!(injected.state() == State::Active, "{injected:?}\n{}", self.agent.log());

@@ -95,6 +95,7 @@ async fn inject(
         duration_ns: 2 * LONG.as_nanos() as u64,
         lease_ns: lease.as_nanos() as u64,
         dry_run: false,
+        only: Vec::new(),
     };
     let mut made = agent.client().await?.inject(request).await?.into_inner().injections;
     ensure!(made.len() == 1 && made[0].state() == State::Active, "{made:?}");
