@@ -28,14 +28,16 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tonic::{
-    Code, Status, Streaming,
+    Code, Request, Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
     transport::{Certificate, Channel, ClientTlsConfig, Identity},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::{faults::LEASE, wrong::Wrong};
+use crate::{commands::err, faults::LEASE, wrong::Wrong};
 
 /// Calls that only read or prepare.
 const QUICK: Duration = Duration::from_secs(10);
@@ -100,6 +102,15 @@ pub(crate) struct Tls {
         env = "SQUALL_TLS_SERVER_NAME"
     )]
     server_name: Option<String>,
+    /// A token of a Kubernetes service account (audience squall) to show to agents at https:// too, read anew for each call
+    #[arg(
+        long = "token-file",
+        value_name = "FILE",
+        global = true,
+        help_heading = "Everywhere",
+        env = "SQUALL_TOKEN_FILE"
+    )]
+    token: Option<PathBuf>,
 }
 
 impl Tls {
@@ -234,6 +245,45 @@ impl CallError {
     }
 }
 
+/// Shows the token of a file with each call. The kubelet puts another one there before the old one expires.
+///
+/// Where there is none the call goes without: what a certificate may alone, such as a revert, needs no token.
+#[derive(Debug, Clone, Default)]
+struct Bearer(Option<PathBuf>);
+
+impl Bearer {
+    /// Where the token of this address is; its absence is told.
+    fn of(address: &Address) -> Self {
+        let Address::Tls(_, Tls { token: Some(path), .. }) = address else { return Self(None) };
+        if let Err(e) = bearer(path) {
+            err(&format!("! --token-file: {}: {e}; going on without a token\n", path.display()));
+        }
+        Self(Some(path.clone()))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = self.0.as_ref().and_then(|path| bearer(path).ok()) {
+            request.metadata_mut().insert("authorization", token);
+        }
+        Ok(request)
+    }
+}
+
+/// What a call carries, from the file of a token.
+fn bearer(path: &Path) -> Result<MetadataValue<Ascii>, String> {
+    let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
+    let token = text.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("there is no token in it".to_owned());
+    }
+    let mut value: MetadataValue<Ascii> =
+        format!("Bearer {token}").parse().map_err(|_| "no token".to_owned())?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 /// An agent that answers.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent {
@@ -243,7 +293,7 @@ pub(crate) struct Agent {
     pub address: String,
     /// What it said about its node when it was reached.
     pub about: v1::DescribeResponse,
-    client: AgentClient<Channel>,
+    client: AgentClient<InterceptedService<Channel, Bearer>>,
     /// When it last said anything.
     heard: Arc<Mutex<Instant>>,
 }
@@ -254,7 +304,7 @@ impl Agent {
     /// Connects and asks what the node is. Waits for nothing: an agent that is not there is an error.
     pub(crate) async fn connect(address: &Address) -> Result<Self> {
         let channel = open(address).await?;
-        let mut client = AgentClient::new(channel);
+        let mut client = AgentClient::with_interceptor(channel, Bearer::of(address));
         let describe = client.describe(v1::DescribeRequest::default());
         let about = timeout(QUICK, describe)
             .await
@@ -637,6 +687,29 @@ mod tests {
     fn refused_addresses(#[case] text: &str, #[case] why: &str) {
         let error = text.parse::<Address>().expect_err("refused");
         assert!(error.contains(why), "{error}");
+    }
+
+    #[test]
+    fn a_token_is_read_anew_for_each_call_and_goes_to_https_alone() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let tls = Tls { token: Some(file.path().to_owned()), ..Tls::default() };
+        let shown = |bearer: &mut Bearer| {
+            let request = bearer.call(Request::new(())).expect("never fails");
+            request
+                .metadata()
+                .get("authorization")
+                .map(|v| (v.to_str().expect("text").to_owned(), v.is_sensitive()))
+        };
+        let mut bearer = Bearer::of(&Address::Tls("node-1:7400".into(), tls.clone()));
+        for (content, expected) in
+            [("one\n", Some("Bearer one")), ("two", Some("Bearer two")), ("", None), ("a b", None)]
+        {
+            fs::write(file.path(), content).expect("written");
+            assert_eq!(shown(&mut bearer), expected.map(|text| (text.to_owned(), true)));
+        }
+        fs::write(file.path(), "one").expect("written");
+        let mut plain = Bearer::of(&Address::Tcp("127.0.0.1:7400".into()).with(&tls));
+        assert_eq!(shown(&mut plain), None);
     }
 
     #[test]
