@@ -131,7 +131,7 @@ enum Command {
     Revert(&'static str),
     HandOver,
     Renew(oneshot::Sender<bool>),
-    Update(AnyFault, oneshot::Sender<Result<()>>),
+    Update(Box<AnyFault>, oneshot::Sender<Result<()>>),
     Observe(oneshot::Sender<()>),
 }
 
@@ -401,7 +401,7 @@ impl Engine {
         fault.check(&core.target, &self.0.limits)?;
         let (reply, answer) = oneshot::channel();
         let not_live = || EngineError::Conflict(format!("{id} is not active, so there is nothing to update"));
-        commands.send(Command::Update(fault, reply)).await.map_err(|_| not_live())?;
+        commands.send(Command::Update(Box::new(fault), reply)).await.map_err(|_| not_live())?;
         answer.await.map_err(|_| not_live())??;
         Ok(core.injection())
     }
@@ -936,7 +936,7 @@ impl Task {
                         measured = None;
                         if updated.is_ok() {
                             self.core.set(|i| i.summary = fault.summary());
-                            self.fault = fault;
+                            self.fault = *fault;
                         }
                         let _gone = reply.send(updated);
                     }
@@ -1260,8 +1260,8 @@ mod tests {
 
         /// What it makes of what was left; and that it is on disk no more.
         async fn resume(&self, upgrade: Upgrade) -> v1::Injection {
-            let audit = Audit::start(self.dir.path()).unwrap();
             const KINDS: &[Kind] = &[Kind::of::<Fake>()];
+            let audit = Audit::start(self.dir.path()).unwrap();
             let known = Known { kinds: KINDS, parse: |proto| Fake::parse(proto).map(Fake::any) };
             upgrade::resume(&self.engine, &audit, upgrade, &known).await;
             assert_eq!(self.left(), 0);
@@ -1533,7 +1533,7 @@ mod tests {
                         bench.engine.revert(&["a".into()], "asked").await.unwrap();
                     }
                 };
-                let (_, left) = tokio::join!(end, bench.engine.hand_over());
+                let ((), left) = tokio::join!(end, bench.engine.hand_over());
                 assert!(left.is_empty());
                 assert_eq!((bench.left(), bench.records()), (0, 0), "{stop} {delay}");
                 assert_eq!(bench.engine.list().remove(0).state(), State::Reverted, "{stop} {delay}");

@@ -81,7 +81,9 @@ pub async fn resume(engine: &Engine, audit: &Audit, upgrade: Upgrade, known: &Kn
             if let Err(e) = engine.revert(&ids, "it was not resumed").await {
                 error!("{e:#}");
             }
-            armed.into_iter().for_each(|(left, entry)| refuse(engine, audit, known, left, entry, &why));
+            for (left, entry) in armed {
+                refuse(engine, audit, known, left, entry, &why);
+            }
         }
     }
 }
@@ -102,7 +104,7 @@ async fn arm(
     // Until it is fired, nothing is changed.
     let allowed = audit.record(Entry { verdict: "allowed".to_owned(), ..entry.clone() }).await;
     if let Err(e) = allowed {
-        engine.revert(&[left.id.clone()], "the audit log cannot be written").await?;
+        engine.revert(std::slice::from_ref(&left.id), "the audit log cannot be written").await?;
         return Err(e.context("the audit log cannot be written"));
     }
     Ok(())
