@@ -17,7 +17,7 @@ use crate::{
         proc,
         tc::{Interface, Netlink},
     },
-    journal::{Journal, boot_id},
+    journal::{Journal, Left, boot_id},
     stress,
 };
 
@@ -86,7 +86,7 @@ impl Broom {
     }
 
     async fn journal(&mut self, journal: &Journal) -> Result<()> {
-        let found = if self.dry_run { journal.look()? } else { journal.read()? };
+        let found = if self.dry_run { journal.undo.look()? } else { journal.undo.read()? };
         for (path, reason) in found.set_aside {
             self.failed.push(format!(
                 "{}: {reason}; undo it by hand, or with the version of squall-agent that wrote it",
@@ -97,7 +97,7 @@ impl Broom {
         for record in found.records {
             let (id, kind, target) = (&record.id, &record.kind, &record.target);
             if record.boot_id != boot_id {
-                self.sweep(&format!("forget {id}, which a reboot undid"), || journal.remove(id));
+                self.sweep(&format!("forget {id}, which a reboot undid"), || journal.undo.remove(id));
                 continue;
             }
             let what = format!("undo {id}, a {kind} fault on {target}");
@@ -110,7 +110,15 @@ impl Broom {
                 continue;
             }
             let reverted = known.revert(record.undo.clone()).await;
-            self.note(&what, reverted.and_then(|()| journal.remove(id)));
+            self.note(&what, reverted.and_then(|()| journal.undo.remove(id)));
+        }
+        let left = if self.dry_run { journal.left.look()? } else { journal.left.read()? };
+        for (path, reason) in left.set_aside {
+            println!("{}: {reason}; nothing is resumed from it", path.display());
+        }
+        for Left { id, kind, target, .. } in left.records {
+            let what = format!("forget that the next agent was to resume {id}, a {kind} fault on {target}");
+            self.sweep(&what, || journal.left.remove(&id));
         }
         Ok(())
     }

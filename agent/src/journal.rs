@@ -1,4 +1,5 @@
-//! The journal: one file per injection, on disk before the first change to the host.
+//! The journal: one file per injection, on disk before the first change to the host. Beside it, while no agent runs, what
+//! one agent left for the next to inject again: one file per injection too.
 //!
 //! **Invariant:** a record is whole or absent. It is written beside its place, synced, and renamed; then the directory
 //! is synced. A record that cannot be read is set aside and reported, never guessed at.
@@ -6,13 +7,15 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
+    marker::PhantomData,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tracing::warn;
@@ -39,6 +42,79 @@ pub struct Record {
     pub boot_id: String,
 }
 
+/// All that is needed to inject again what an agent took back because another one takes its place.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Left {
+    /// Id of the injection.
+    pub id: String,
+    /// Who injected it, where that is known.
+    pub owner: Option<String>,
+    /// Kind of the fault, for people.
+    pub kind: String,
+    /// What it did, for people.
+    pub summary: String,
+    /// The fault as it came: a message `squall.v1.Fault`.
+    pub fault: Vec<u8>,
+    /// What it drew its decisions from; 0 where it draws none.
+    pub seed: u64,
+    /// What it was injected into.
+    pub target: Target,
+    /// What tells the order from another with the same id.
+    pub order: String,
+    /// From Fire to the deadline, as asked for.
+    pub duration: Duration,
+    /// The lease, as asked for.
+    pub lease: Duration,
+    /// When it was first injected.
+    pub fired: BootTime,
+    /// When it ends.
+    pub deadline: BootTime,
+    /// When its lease ends.
+    pub lease_ends: BootTime,
+    /// When this was written: just before it was taken back.
+    pub left: BootTime,
+    /// /proc/sys/kernel/random/boot_id of the boot it was made in.
+    pub boot_id: String,
+}
+
+/// What has a file of its own, in a [`Shelf`].
+pub trait Filed: Serialize + DeserializeOwned {
+    /// For people.
+    const NAME: &'static str;
+    /// What its absence means, where it could not be written.
+    const WITHOUT: &'static str;
+    /// Id of its injection.
+    fn id(&self) -> &str;
+    /// When it was made.
+    fn made(&self) -> BootTime;
+}
+
+impl Filed for Record {
+    const NAME: &'static str = "undo record";
+    const WITHOUT: &'static str = "nothing was injected";
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn made(&self) -> BootTime {
+        self.created
+    }
+}
+
+impl Filed for Left {
+    const NAME: &'static str = "order to resume";
+    const WITHOUT: &'static str = "it is not resumed";
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn made(&self) -> BootTime {
+        self.left
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Envelope {
     format: u32,
@@ -46,18 +122,28 @@ struct Envelope {
     record: String,
 }
 
-/// The directory of records, held by one agent alone.
+/// What an agent has on disk about its injections. Held by one agent alone.
 #[derive(Debug)]
 pub struct Journal {
-    dir: PathBuf,
+    /// What has to be undone.
+    pub undo: Shelf<Record>,
+    /// What the next agent is asked to inject again.
+    pub left: Shelf<Left>,
     _lock: Flock<File>,
 }
 
-/// What a journal held when it was opened.
-#[derive(Debug, Default)]
-pub struct Found {
+/// A directory of records, one file each.
+#[derive(Debug)]
+pub struct Shelf<R> {
+    dir: PathBuf,
+    records: PhantomData<R>,
+}
+
+/// What a shelf held when it was looked at.
+#[derive(Debug)]
+pub struct Found<R> {
     /// Readable records, the newest first.
-    pub records: Vec<Record>,
+    pub records: Vec<R>,
     /// Files that could not be read and are set aside, each with the reason.
     pub set_aside: Vec<(PathBuf, String)>,
     /// Files that were never finished: the change they announced was never made.
@@ -71,15 +157,14 @@ impl Journal {
     ///
     /// When another agent holds it, or it cannot be made.
     pub fn open(state_dir: &Path) -> Result<Self> {
-        let dir = state_dir.join("journal");
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .with_context(|| format!("make the journal {}", dir.display()))?;
+        let (undo, left) = (Shelf::at(state_dir.join("journal")), Shelf::at(state_dir.join("resume")));
+        undo.make()?;
+        // What an earlier agent left can also be undone from a disk that takes nothing any more.
+        if let Err(e) = left.make() {
+            warn!("the next agent could not resume anything: {e:#}");
+        }
         let path = state_dir.join("lock");
         let made = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        // What an earlier agent left can also be undone from a disk that takes nothing any more.
         let lock = made.or_else(|e| File::open(&path).map_err(|_| e));
         let lock = lock.with_context(|| format!("open {}", path.display()))?;
         let Ok(lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
@@ -88,29 +173,43 @@ impl Journal {
                 state_dir.display()
             );
         };
-        Ok(Self { dir, _lock: lock })
+        Ok(Self { undo, left, _lock: lock })
+    }
+}
+
+impl<R: Filed> Shelf<R> {
+    fn at(dir: PathBuf) -> Self {
+        Self { dir, records: PhantomData }
+    }
+
+    fn make(&self) -> Result<()> {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir);
+        made.with_context(|| format!("make {}", self.dir.display()))
     }
 
     /// Reads every record, sets aside what cannot be read, and removes what was never finished.
-    pub fn read(&self) -> Result<Found> {
+    pub fn read(&self) -> Result<Found<R>> {
         let found = self.look()?;
         for path in &found.unfinished {
             if let Err(e) = fs::remove_file(path) {
-                warn!(path = %path.display(), "an unfinished undo record cannot be removed: {e}");
+                warn!(path = %path.display(), "an unfinished {} cannot be removed: {e}", R::NAME);
             }
         }
         for (path, _) in &found.set_aside {
             if let Err(e) = fs::rename(path, path.with_extension("json.unreadable")) {
-                warn!(path = %path.display(), "an unreadable undo record cannot be renamed: {e}");
+                warn!(path = %path.display(), "an unreadable {} cannot be renamed: {e}", R::NAME);
             }
         }
         Ok(found)
     }
 
     /// Reads every record, and changes nothing.
-    pub fn look(&self) -> Result<Found> {
-        let mut found = Found::default();
-        let entries = fs::read_dir(&self.dir).with_context(|| format!("read {}", self.dir.display()))?;
+    pub fn look(&self) -> Result<Found<R>> {
+        let mut found = Found { records: Vec::new(), set_aside: Vec::new(), unfinished: Vec::new() };
+        let entries = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+            entries => entries.with_context(|| format!("read {}", self.dir.display()))?,
+        };
         for entry in entries {
             let path = entry?.path();
             match path.extension().and_then(|e| e.to_str()) {
@@ -122,13 +221,13 @@ impl Journal {
                 _ => {}
             }
         }
-        found.records.sort_by_key(|r| std::cmp::Reverse(r.created));
+        found.records.sort_by_key(|r: &R| std::cmp::Reverse(r.made()));
         Ok(found)
     }
 
     /// Writes a record; on disk when this returns. Where it fails, nothing of it is left.
-    pub fn write(&self, record: &Record) -> Result<()> {
-        let path = self.path(&record.id)?;
+    pub fn write(&self, record: &R) -> Result<()> {
+        let path = self.path(record.id())?;
         let temporary = path.with_extension("tmp");
         let bytes = envelope(serde_json::to_string(record)?)?;
         let attempt = || -> io::Result<()> {
@@ -152,7 +251,7 @@ impl Journal {
                     let _not_there = fs::remove_file(file);
                 }
             })
-            .with_context(|| format!("write the undo record {}; nothing was injected", path.display()))
+            .with_context(|| format!("write the {} {}; {}", R::NAME, path.display(), R::WITHOUT))
     }
 
     /// Removes a record. One that is not there is a success.
@@ -160,7 +259,7 @@ impl Journal {
         let path = self.path(id)?;
         match crash::step("journal.remove").and_then(|()| fs::remove_file(&path)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                Err(e).with_context(|| format!("remove the undo record {}", path.display()))
+                Err(e).with_context(|| format!("remove the {} {}", R::NAME, path.display()))
             }
             _ => Ok(()),
         }
@@ -180,19 +279,16 @@ pub fn is_id(id: &str) -> bool {
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-fn read(path: &Path) -> Result<Record> {
-    let record = parse(&fs::read(path)?)?;
-    ensure!(
-        path.file_stem().and_then(|s| s.to_str()) == Some(&record.id),
-        "it is of injection {}",
-        record.id
-    );
+fn read<R: Filed>(path: &Path) -> Result<R> {
+    let record: R = parse(&fs::read(path)?)?;
+    let id = record.id();
+    ensure!(path.file_stem().and_then(|s| s.to_str()) == Some(id), "it is of injection {id}");
     Ok(record)
 }
 
 /// A record from the bytes of its file.
-pub fn parse(bytes: &[u8]) -> Result<Record> {
-    let envelope: Envelope = serde_json::from_slice(bytes).context("not an undo record")?;
+pub fn parse<R: Filed>(bytes: &[u8]) -> Result<R> {
+    let envelope: Envelope = serde_json::from_slice(bytes).with_context(|| format!("not an {}", R::NAME))?;
     ensure!(envelope.format == FORMAT, "format {}, this agent reads format {FORMAT}", envelope.format);
     ensure!(envelope.sha256 == digest(&envelope.record), "its checksum does not match");
     Ok(serde_json::from_str(&envelope.record)?)
@@ -232,12 +328,12 @@ mod tests {
     fn what_was_written_is_read_newest_first_and_gone_once_removed() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
-        journal.write(&record("a", 1)).unwrap();
-        journal.write(&record("b.1", 2)).unwrap();
-        assert_eq!(journal.read().unwrap().records, [record("b.1", 2), record("a", 1)]);
-        journal.remove("a").unwrap();
-        journal.remove("a").unwrap();
-        assert_eq!(journal.read().unwrap().records, [record("b.1", 2)]);
+        journal.undo.write(&record("a", 1)).unwrap();
+        journal.undo.write(&record("b.1", 2)).unwrap();
+        assert_eq!(journal.undo.read().unwrap().records, [record("b.1", 2), record("a", 1)]);
+        journal.undo.remove("a").unwrap();
+        journal.undo.remove("a").unwrap();
+        assert_eq!(journal.undo.read().unwrap().records, [record("b.1", 2)]);
     }
 
     #[test]
@@ -245,7 +341,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::open(dir.path()).unwrap();
         for id in ["whole", "short", "flipped", "newer", "renamed"] {
-            journal.write(&record(id, 1)).unwrap();
+            journal.undo.write(&record(id, 1)).unwrap();
         }
         let file = |id: &str| dir.path().join("journal").join(format!("{id}.json"));
         let text = |id: &str| fs::read_to_string(file(id)).unwrap();
@@ -255,10 +351,10 @@ mod tests {
         fs::rename(file("renamed"), file("other")).unwrap();
         fs::write(dir.path().join("journal/half.tmp"), "{").unwrap();
 
-        let found = journal.read().unwrap();
+        let found = journal.undo.read().unwrap();
         assert_eq!(found.records, [record("whole", 1)]);
         assert_eq!(found.set_aside.len(), 4, "{found:?}");
-        let again = journal.read().unwrap();
+        let again = journal.undo.read().unwrap();
         assert_eq!((again.records.len(), again.set_aside.len()), (1, 0));
         assert!(!dir.path().join("journal/half.tmp").exists());
     }

@@ -51,6 +51,12 @@ pub struct Limits {
     pub most_memory: f64,
     /// What is protected beside what always is.
     pub protect: Vec<Pattern>,
+    /// Largest share of this node's pods that may be hurt at once, 0 to 1.
+    pub most_pods: f64,
+    /// Namespaces of Kubernetes whose pods are protected.
+    pub protect_namespaces: Vec<String>,
+    /// Where the kubelet keeps the logs of pods, by which the namespaces are known.
+    pub pod_logs: PathBuf,
 }
 
 impl Default for Limits {
@@ -62,6 +68,9 @@ impl Default for Limits {
             whole_node_network: false,
             most_memory: 0.98,
             protect: Vec::new(),
+            most_pods: 1.0,
+            protect_namespaces: vec![KUBE_SYSTEM.to_owned()],
+            pod_logs: POD_LOGS.into(),
         }
     }
 }
@@ -102,6 +111,42 @@ impl Limits {
         ))
     }
 
+    /// Refuses a fault on `target` where one of the pods that it would hurt is of a protected namespace.
+    pub fn check_namespaces<'a>(
+        &self,
+        target: &str,
+        mut hurt: impl Iterator<Item = (&'a str, Option<&'a str>)>,
+    ) -> Result<(), Invalid> {
+        let is_protected = |namespace: &&str| self.protect_namespaces.iter().any(|name| name == namespace);
+        match hurt.find_map(|(uid, namespace)| Some((uid, namespace.filter(is_protected)?))) {
+            None => Ok(()),
+            Some((uid, namespace)) => Err(Invalid::new(
+                "target",
+                target,
+                format!("it would hurt pod {uid} of the namespace {namespace}, which is protected"),
+                "choose a target in another namespace",
+            )),
+        }
+    }
+
+    /// Refuses a fault on `target` with which so many of so many pods would be hurt at once.
+    pub fn check_pods(&self, target: &str, hurt: usize, pods: usize) -> Result<(), Invalid> {
+        // As shares are written, so that 50% of 4 pods are 2 and no rounding makes them 1.
+        let most = (pods as f64 * self.most_pods + 1e-9).floor() as usize;
+        if hurt <= most {
+            return Ok(());
+        }
+        let share = self.most_pods * 100.0;
+        Err(Invalid::new(
+            "target",
+            target,
+            format!(
+                "{hurt} of this node's {pods} pods would be hurt at once, and --most-pods {share}% allows {most}"
+            ),
+            "take fewer (`replicas` in a plan), revert others first, or start the agent with a larger share",
+        ))
+    }
+
     /// Why one is protected, if it is.
     fn protects(&self, one: &Bystander) -> Option<String> {
         if one.pid == 1 {
@@ -118,6 +163,21 @@ impl Limits {
         let asked = self.protect.iter().find(|pattern| pattern.matches(one))?;
         Some(format!("the agent was started with --protect {asked}"))
     }
+}
+
+/// The namespace of what runs a cluster.
+pub const KUBE_SYSTEM: &str = "kube-system";
+
+/// Where the kubelet keeps the logs of pods unless it is told otherwise.
+pub const POD_LOGS: &str = "/var/log/pods";
+
+/// A share as it is written, `50%`, as a number above 0 and up to 1.
+pub fn share(text: &str) -> Result<f64, String> {
+    let percent = text.strip_suffix('%').and_then(|number| number.parse::<f64>().ok());
+    let share = percent.filter(|percent| *percent > 0.0 && *percent <= 100.0);
+    share
+        .map(|percent| percent / 100.0)
+        .ok_or_else(|| "write a share of more than 0% and at most 100%, such as 50%".to_owned())
 }
 
 /// What a node is run and reached through, by the names of the executables.
@@ -235,6 +295,59 @@ mod tests {
         assert!(refused.is_none_or(|why| {
             why.starts_with("target: cgroup /x: ") && why.contains(&exe) && why.contains("of its own")
         }));
+    }
+
+    #[rstest]
+    #[case::half(0.5, 2, 4, true)]
+    #[case::more_than_half(0.5, 3, 4, false)]
+    #[case::the_only_one(0.5, 1, 1, false)]
+    #[case::half_of_three(0.5, 1, 3, true)]
+    #[case::a_third(1.0 / 3.0, 1, 3, true)]
+    #[case::no_pod(0.01, 0, 0, true)]
+    #[case::all(1.0, 7, 7, true)]
+    fn no_more_pods_than_agreed(
+        #[case] most_pods: f64,
+        #[case] hurt: usize,
+        #[case] pods: usize,
+        #[case] good: bool,
+    ) {
+        let limits = Limits { most_pods, ..Limits::default() };
+        assert_eq!(limits.check_pods("web", hurt, pods).is_ok(), good);
+    }
+
+    #[test]
+    fn too_many_pods_are_told_with_what_to_do() {
+        let limits = Limits { most_pods: 0.5, ..Limits::default() };
+        let said = limits.check_pods("web pid 7", 3, 4).unwrap_err().to_string();
+        assert_eq!(
+            said,
+            "target: web pid 7: 3 of this node's 4 pods would be hurt at once, and --most-pods 50% allows 2; take fewer \
+             (`replicas` in a plan), revert others first, or start the agent with a larger share",
+        );
+    }
+
+    #[rstest]
+    #[case::by_default(&[("a", Some("kube-system"))], true)]
+    #[case::asked_for(&[("a", Some("shop")), ("b", Some("db"))], true)]
+    #[case::another(&[("a", Some("shop"))], false)]
+    #[case::not_known(&[("a", None)], false)]
+    #[case::no_pod(&[], false)]
+    fn a_namespace_is_protected(#[case] hurt: &[(&str, Option<&str>)], #[case] protected: bool) {
+        let mut limits = Limits::default();
+        limits.protect_namespaces.push("db".to_owned());
+        let refused = limits.check_namespaces("web", hurt.iter().copied()).err();
+        assert_eq!(refused.is_some(), protected, "{refused:?}");
+    }
+
+    #[rstest]
+    #[case("50%", Some(0.5))]
+    #[case("100%", Some(1.0))]
+    #[case("0%", None)]
+    #[case("101%", None)]
+    #[case("NaN%", None)]
+    #[case("0.5", None)]
+    fn shares(#[case] text: &str, #[case] expected: Option<f64>) {
+        assert_eq!(share(text).ok(), expected);
     }
 
     #[rstest]

@@ -16,12 +16,14 @@ mod host;
 mod journal;
 mod limits;
 mod metrics;
+mod pods;
 mod sample;
 mod server;
 mod stop;
 mod stress;
 mod target;
 mod time;
+mod upgrade;
 
 use std::{
     fs,
@@ -55,10 +57,11 @@ use crate::{
         listen::{self, PING},
     },
     engine::Engine,
-    fault::KINDS,
+    fault::{AnyFault, KINDS},
     journal::Journal,
-    limits::{Limits, Pattern},
+    limits::{KUBE_SYSTEM, Limits, POD_LOGS, Pattern, share},
     stop::Stop,
+    upgrade::{Known, Upgrade},
 };
 
 /// Longest message a client may send, bytes.
@@ -116,6 +119,13 @@ struct Run {
     /// Drain and exit when standard input closes: the agent then lives no longer than who started it
     #[arg(long)]
     exit_on_stdin_eof: bool,
+    /// What becomes of live injections when another agent takes this one's place
+    ///
+    /// With take-over SIGTERM reverts them as always, and writes down how to go on; the next agent on the same state directory, also
+    /// with take-over, injects them again, to end when they would have ended, where lease and deadline have not passed, the
+    /// target is the same, and its limits allow it. Any other end (SIGINT, SIGKILL, end of input) is for good.
+    #[arg(long, value_enum, default_value_t = Upgrade::End)]
+    upgrade: Upgrade,
     /// Longest time an injection may ask for
     #[arg(long, default_value = "3600", value_name = "SECONDS")]
     longest: u64,
@@ -131,6 +141,18 @@ struct Run {
     /// a cgroup with all below it. Repeatable; pid 1, what runs and reaches the node, and this agent always are
     #[arg(long, value_name = "PATTERN")]
     protect: Vec<Pattern>,
+    /// Protect the pods of this namespace of Kubernetes, as those of kube-system always are. Repeatable
+    #[arg(long, value_name = "NAME")]
+    protect_namespace: Vec<String>,
+    /// Where the kubelet keeps the logs of pods, which say whose namespace a pod is of
+    #[arg(long, default_value = POD_LOGS, value_name = "DIR")]
+    pod_logs: PathBuf,
+    /// Largest share of this node's pods that may be hurt at once
+    #[arg(long, default_value = "100%", value_name = "SHARE", value_parser = share)]
+    most_pods: f64,
+    /// The zone this node is in, for the limits of plans
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", env = "SQUALL_ZONE")]
+    zone: String,
 }
 
 #[derive(Debug, Clone)]
@@ -210,6 +232,9 @@ async fn run(args: Run) -> Result<()> {
         most_injections: args.most_injections,
         whole_node_network: args.allow_whole_node_network,
         protect: args.protect,
+        protect_namespaces: [KUBE_SYSTEM.to_owned()].into_iter().chain(args.protect_namespace).collect(),
+        pod_logs: args.pod_logs,
+        most_pods: args.most_pods,
         ..Limits::default()
     };
     let engine = Engine::new(journal, limits, Stop::new(&args.state_dir))?;
@@ -224,8 +249,14 @@ async fn run(args: Run) -> Result<()> {
     let reason = format!("squall-agent {} started", env!("CARGO_PKG_VERSION"));
     audit.note(Entry { method: "start".to_owned(), reason, ..Entry::default() });
     let local = listen::local(listen(&args.socket, args.access.socket_group)?);
+    let remote = access::listen(&args.access).await?;
+    if let Some((_, address)) = &remote {
+        fault::keep_open(address.port());
+    }
+    // Before anybody is served: who asks for an injection finds it live or learns why it is not.
+    upgrade::resume(&engine, &audit, args.upgrade, &Known { kinds: KINDS, parse: AnyFault::parse }).await;
     let (health_reporter, health) = tonic_health::server::health_reporter();
-    let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone()).await)
+    let service = AgentServer::new(server::Server::new(engine.clone(), audit.clone(), args.zone).await)
         .max_decoding_message_size(LARGEST_MESSAGE);
     health_reporter.set_serving::<AgentServer<server::Server>>().await;
     let mut server = Server::builder()
@@ -233,10 +264,8 @@ async fn run(args: Run) -> Result<()> {
         .timeout(LONGEST_CALL)
         .http2_max_header_list_size(LARGEST_HEADERS)
         .max_concurrent_streams(MOST_STREAMS);
-    let remote = access::listen(&args.access).await?;
     let mut serving = JoinSet::new();
     if let Some((remote, address)) = remote {
-        fault::keep_open(address.port());
         let mut server =
             server.clone().http2_keepalive_interval(Some(PING)).http2_keepalive_timeout(Some(PING));
         let server = server.add_service(health.clone()).add_service(service.clone());
@@ -257,7 +286,11 @@ async fn run(args: Run) -> Result<()> {
     };
     info!(why, "draining");
     drop(serving);
-    let stuck = engine.drain("the agent was stopped").await;
+    let stuck = if (args.upgrade, why) == (Upgrade::TakeOver, "SIGTERM") {
+        engine.hand_over().await
+    } else {
+        engine.drain("the agent was stopped").await
+    };
     let _gone = fs::remove_file(&args.socket);
     // Behind this line nothing waits any more.
     let stop = Entry { method: "stop".to_owned(), reason: why.to_owned(), ..Entry::default() };

@@ -1,7 +1,6 @@
 //! gRPC ⇄ the engine. Requests become domain types here, once; past this file nothing in them can be invalid.
 
 use std::{
-    collections::HashMap,
     panic::resume_unwind,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -29,7 +28,7 @@ use crate::{
     limits::Invalid,
     metrics::METRICS,
     sample::Sampler,
-    target::{Scope, Selector, resolve},
+    target::{Scope, Selector, Target, resolve},
 };
 
 /// Shortest interval of a stream, so that a client cannot keep the agent busy.
@@ -48,9 +47,8 @@ const LEISURE: i32 = 10;
 pub struct Server {
     engine: Engine,
     faults: Vec<v1::FaultSupport>,
+    zone: String,
     audit: Audit,
-    /// Who injected what, by id.
-    owners: Mutex<HashMap<String, String>>,
     /// Held by whoever has his injections counted.
     counting: AsyncMutex<()>,
     readers: Arc<Semaphore>,
@@ -61,8 +59,8 @@ type Reply<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Server {
-    /// A server over an engine. Finds out what works on this node.
-    pub async fn new(engine: Engine, audit: Audit) -> Self {
+    /// A server over an engine, in a zone or none (""). Finds out what works on this node.
+    pub async fn new(engine: Engine, audit: Audit, zone: String) -> Self {
         let mut faults = join_all(KINDS.iter().map(Kind::describe)).await;
         for fault in &mut faults {
             fault.reason = fitting(std::mem::take(&mut fault.reason));
@@ -70,8 +68,8 @@ impl Server {
         Self {
             engine,
             faults,
+            zone,
             audit,
-            owners: Mutex::default(),
             counting: AsyncMutex::default(),
             readers: Arc::new(Semaphore::new(MOST_READERS)),
             describers: Arc::new(Semaphore::new(MOST_READERS)),
@@ -130,6 +128,7 @@ impl Server {
         let targets = reading(&self.readers, move || resolve(&selector, scope))
             .await?
             .map_err(|e| Status::not_found(e.to_string()))?;
+        let targets = only(targets, &request.only)?;
         let _counted = if grant.is_counted() { Some(self.counting.lock().await) } else { None };
         let live = self.live_of(grant, &request.id);
         grant.check_targets(scope, &targets, live).map_err(forbidden)?;
@@ -139,32 +138,20 @@ impl Server {
         let faults = targets.iter().map(|_| parse()).collect::<Result<_, _>>()?;
         let order = Order {
             id: request.id,
+            owner: grant.who.clone(),
             targets,
             faults,
             duration,
             lease: Duration::from_nanos(request.lease_ns),
             dry_run: request.dry_run,
         };
-        let injections = self.engine.arm(order).await.map_err(refused)?;
-        if !request.dry_run {
-            let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = self.engine.list();
-            owners.retain(|id, _| known.iter().any(|i| i.id == *id));
-            for injection in &injections {
-                owners.entry(injection.id.clone()).or_insert_with(|| grant.who.clone());
-            }
-        }
-        Ok(injections)
-    }
-
-    fn owner(&self, id: &str) -> Option<String> {
-        self.owners.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+        self.engine.arm(order).await.map_err(refused)
     }
 
     /// How many live injections a caller has, besides those of an order that is repeated.
     fn live_of(&self, grant: &Grant, order: &str) -> usize {
         let live = self.engine.list().into_iter().filter(|i| engine::is_live(i) && !names(order, &i.id));
-        live.filter(|i| self.owner(&i.id).as_ref() == Some(&grant.who)).count()
+        live.filter(|i| self.engine.owner(&i.id).as_ref() == Some(&grant.who)).count()
     }
 
     /// Refuses injections of somebody else, except to an admin.
@@ -174,7 +161,7 @@ impl Server {
         }
         let known = self.engine.list();
         let named = known.iter().filter(|i| ids.iter().any(|id| names(id, &i.id)));
-        let mut foreign = named.filter(|i| self.owner(&i.id).as_ref() != Some(&grant.who));
+        let mut foreign = named.filter(|i| self.engine.owner(&i.id).as_ref() != Some(&grant.who));
         match foreign.next() {
             Some(i) => Err(Status::permission_denied(format!(
                 "{} was injected by somebody else: {} may revert it, and change only his own",
@@ -222,12 +209,14 @@ fn at_most<T>(field: &str, given: &[T], most: usize) -> Result<(), Status> {
 #[tonic::async_trait]
 impl Agent for Server {
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Reply<v1::DescribeResponse> {
-        let targets = request.into_inner().targets;
+        let v1::DescribeRequest { targets, fault } = request.into_inner();
         at_most("targets", &targets, MOST_TARGETS)?;
+        let fault = fault.map(AnyFault::parse).transpose().map_err(|e| refused(e.into()))?;
+        let scope = fault.map(|fault| fault.scope());
         let selectors: Vec<_> = targets.into_iter().map(|t| selector(Some(t))).collect::<Result<_, _>>()?;
         let mut found = Vec::new();
         for selector in selectors {
-            found.push(at_leisure(&self.describers, move || resolved(&selector)).await?);
+            found.push(at_leisure(&self.describers, move || resolved(&selector, scope)).await?);
         }
         let uname = nix::sys::utsname::uname().map_err(|e| Status::internal(format!("uname: {e}")))?;
         let limits = self.engine.limits();
@@ -247,7 +236,9 @@ impl Agent for Server {
                 longest_ns: limits.longest.as_nanos() as u64,
                 longest_lease_ns: limits.longest_lease.as_nanos() as u64,
                 most_injections: limits.most_injections as u32,
+                most_pods: limits.most_pods,
             }),
+            zone: self.zone.clone(),
         }))
     }
 
@@ -312,7 +303,7 @@ impl Agent for Server {
             at_most("ids", &ids, MOST_IDS)?;
             entry.ids.clone_from(&ids);
             self.check_owner(&grant, &ids)?;
-            Ok(self.engine.renew(&ids).await)
+            self.engine.renew(&ids).await.map_err(refused)
         });
         Ok(Response::new(v1::RenewResponse { gone: renewed.await? }))
     }
@@ -437,12 +428,26 @@ fn selector(target: Option<v1::Target>) -> Result<Selector, Status> {
     Selector::parse(target.ok_or_else(|| missing("target"))?).map_err(|e| refused(e.into()))
 }
 
-fn resolved(selector: &Selector) -> v1::Resolved {
+/// Those of the targets that a caller chose by their identities; all, where he chose none.
+fn only(targets: Vec<Target>, chosen: &[String]) -> Result<Vec<Target>, Status> {
+    at_most("only", chosen, MOST_IDS)?;
+    if chosen.is_empty() {
+        return Ok(targets);
+    }
+    let known: Vec<_> = targets.into_iter().map(|target| (target.identity(), target)).collect();
+    if let Some(gone) = chosen.iter().find(|id| known.iter().all(|(known, _)| known != *id)) {
+        return Err(Status::not_found(format!("no target: {gone} was chosen and is not there any more")));
+    }
+    Ok(known.into_iter().filter(|(id, _)| chosen.contains(id)).map(|(_, target)| target).collect())
+}
+
+/// What a selector means now, as a fault of this scope takes hold of it, or thing by thing.
+fn resolved(selector: &Selector, scope: Option<Scope>) -> v1::Resolved {
     // An interface is the one target that is no process.
-    let scope = match selector {
+    let scope = scope.unwrap_or(match selector {
         Selector::Interface { .. } => Scope::Network,
         Selector::Process { .. } | Selector::Cgroup(_) => Scope::Process,
-    };
+    });
     match resolve(selector, scope) {
         Ok(targets) => {
             v1::Resolved { targets: targets.iter().map(Into::into).collect(), error: String::new() }
@@ -482,6 +487,7 @@ fn refused(error: EngineError) -> Status {
         EngineError::Conflict(_) => Status::already_exists(message),
         EngineError::Unknown(_) => Status::not_found(message),
         EngineError::Full(_) => Status::resource_exhausted(message),
+        EngineError::Leaving => Status::unavailable(message),
         EngineError::Stopped | EngineError::Host(_) => Status::failed_precondition(message),
     }
 }
@@ -523,10 +529,10 @@ mod tests {
     fn every_kind_of_target_resolves() {
         let interface =
             Selector::Interface { name: "lo".to_owned(), netns: crate::target::NetnsSelector::Own };
-        let found = resolved(&interface);
+        let found = resolved(&interface, None);
         assert_eq!((found.error.as_str(), found.targets.len()), ("", 1));
         let none = Selector::Process { pid: None, exe: Some("squall-none".to_owned()), cmdline: None };
-        assert!(resolved(&none).error.contains("squall-none"));
+        assert!(resolved(&none, None).error.contains("squall-none"));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::{
     host::{cgroup::Hierarchies, proc},
     limits::{Bystander, Invalid},
+    pods,
 };
 
 /// Which things on a host are meant. Parsed, so it can be resolved as it is.
@@ -548,6 +549,14 @@ impl Target {
         format!("netns {inode} interface {}", self.interface.as_deref().unwrap_or("any"))
     }
 
+    /// Whether a fault of this scope is about the packets of everybody on the agent's own network, which is the node's: more
+    /// than those of one process or cgroup there.
+    #[must_use]
+    pub fn is_everybody(&self, scope: Scope) -> bool {
+        self.netns.as_ref().is_some_and(|netns| netns.own)
+            && (scope == Scope::Network || scope == Scope::Sockets && self.process.is_none())
+    }
+
     /// Who suffers from a fault of this scope: the target's process, and where the cgroup is what is taken hold of, all
     /// that are in it.
     #[must_use]
@@ -603,6 +612,8 @@ impl Process {
 
 impl From<&Target> for v1::ResolvedTarget {
     fn from(target: &Target) -> Self {
+        let of_process = target.process.as_ref().and_then(|process| pods::of_process(process.pid));
+        let of_cgroup = target.cgroup.as_ref().and_then(|cgroup| pods::of_cgroup(&cgroup.path));
         Self {
             name: target.name.clone(),
             identity: target.identity(),
@@ -613,6 +624,7 @@ impl From<&Target> for v1::ResolvedTarget {
                 .map(|cgroup| cgroup.path.display().to_string())
                 .unwrap_or_default(),
             netns_inode: target.netns.as_ref().map_or(0, |netns| netns.inode),
+            pod: of_process.or(of_cgroup).unwrap_or_default(),
         }
     }
 }

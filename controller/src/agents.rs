@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -27,14 +28,16 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tonic::{
-    Code, Status, Streaming,
+    Code, Request, Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
     transport::{Certificate, Channel, ClientTlsConfig, Identity},
 };
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::wrong::Wrong;
+use crate::{commands::err, faults::LEASE, wrong::Wrong};
 
 /// Calls that only read or prepare.
 const QUICK: Duration = Duration::from_secs(10);
@@ -44,6 +47,8 @@ const RENEW: Duration = Duration::from_secs(3);
 const REVERT: Duration = Duration::from_secs(30);
 /// From the start of a local agent to its health service, which waits for the journal to be replayed.
 const START: Duration = Duration::from_secs(30);
+/// Between two tries to reach an agent that may be in the middle of an upgrade.
+const AGAIN: Duration = Duration::from_millis(200);
 /// A draining agent reverts what it holds.
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -97,6 +102,15 @@ pub(crate) struct Tls {
         env = "SQUALL_TLS_SERVER_NAME"
     )]
     server_name: Option<String>,
+    /// A token of a Kubernetes service account (audience squall) to show to agents at https:// too, read anew for each call
+    #[arg(
+        long = "token-file",
+        value_name = "FILE",
+        global = true,
+        help_heading = "Everywhere",
+        env = "SQUALL_TOKEN_FILE"
+    )]
+    token: Option<PathBuf>,
 }
 
 impl Tls {
@@ -231,6 +245,45 @@ impl CallError {
     }
 }
 
+/// Shows the token of a file with each call. The kubelet puts another one there before the old one expires.
+///
+/// Where there is none the call goes without: what a certificate may alone, such as a revert, needs no token.
+#[derive(Debug, Clone, Default)]
+struct Bearer(Option<PathBuf>);
+
+impl Bearer {
+    /// Where the token of this address is; its absence is told.
+    fn of(address: &Address) -> Self {
+        let Address::Tls(_, Tls { token: Some(path), .. }) = address else { return Self(None) };
+        if let Err(e) = bearer(path) {
+            err(&format!("! --token-file: {}: {e}; going on without a token\n", path.display()));
+        }
+        Self(Some(path.clone()))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(token) = self.0.as_ref().and_then(|path| bearer(path).ok()) {
+            request.metadata_mut().insert("authorization", token);
+        }
+        Ok(request)
+    }
+}
+
+/// What a call carries, from the file of a token.
+fn bearer(path: &Path) -> Result<MetadataValue<Ascii>, String> {
+    let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
+    let token = text.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("there is no token in it".to_owned());
+    }
+    let mut value: MetadataValue<Ascii> =
+        format!("Bearer {token}").parse().map_err(|_| "no token".to_owned())?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 /// An agent that answers.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent {
@@ -240,7 +293,9 @@ pub(crate) struct Agent {
     pub address: String,
     /// What it said about its node when it was reached.
     pub about: v1::DescribeResponse,
-    client: AgentClient<Channel>,
+    client: AgentClient<InterceptedService<Channel, Bearer>>,
+    /// When it last said anything.
+    heard: Arc<Mutex<Instant>>,
 }
 
 type Called<T> = Result<T, CallError>;
@@ -249,14 +304,41 @@ impl Agent {
     /// Connects and asks what the node is. Waits for nothing: an agent that is not there is an error.
     pub(crate) async fn connect(address: &Address) -> Result<Self> {
         let channel = open(address).await?;
-        let mut client = AgentClient::new(channel);
+        let mut client = AgentClient::with_interceptor(channel, Bearer::of(address));
         let describe = client.describe(v1::DescribeRequest::default());
         let about = timeout(QUICK, describe)
             .await
             .with_context(|| format!("the agent at {address} does not answer"))?
             .map_err(|status| anyhow!("the agent at {address}: {}", status.message()))?
             .into_inner();
-        Ok(Self { node: about.node.clone(), address: address.to_string(), about, client })
+        Ok(Self {
+            node: about.node.clone(),
+            address: address.to_string(),
+            about,
+            client,
+            heard: Arc::new(Mutex::new(Instant::now())),
+        })
+    }
+
+    /// Notes that it said something.
+    pub(crate) fn heard(&self) {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    /// Whether an error may be that of an upgrade: another agent may take over until the leases are over, one lease after
+    /// this one said its last.
+    pub(crate) fn may_return(&self, error: &CallError) -> bool {
+        let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(error, CallError::Lost { .. }) && heard.elapsed() < LEASE
+    }
+
+    /// Waits a moment where the agent may return; else gives the error back.
+    pub(crate) async fn await_return(&self, error: CallError) -> Called<()> {
+        if !self.may_return(&error) {
+            return Err(error);
+        }
+        sleep(AGAIN).await;
+        Ok(())
     }
 
     async fn call<T>(
@@ -265,7 +347,10 @@ impl Agent {
         call: impl Future<Output = Result<tonic::Response<T>, Status>>,
     ) -> Called<T> {
         match timeout(limit, call).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Ok(response)) => {
+                self.heard();
+                Ok(response.into_inner())
+            }
             Ok(Err(status)) => Err(CallError::of(&self.node, &status)),
             Err(_) => {
                 let message = format!("no answer within {}", humantime::format_duration(limit));
@@ -274,10 +359,14 @@ impl Agent {
         }
     }
 
-    /// What the selectors resolve to there now, in order.
-    pub(crate) async fn resolve(&self, targets: Vec<v1::Target>) -> Called<Vec<v1::Resolved>> {
+    /// What the selectors resolve to there now, in order; with a fault as that takes hold of them.
+    pub(crate) async fn resolve(
+        &self,
+        targets: Vec<v1::Target>,
+        fault: Option<v1::Fault>,
+    ) -> Called<Vec<v1::Resolved>> {
         let mut client = self.client.clone();
-        let response = self.call(QUICK, client.describe(v1::DescribeRequest { targets })).await?;
+        let response = self.call(QUICK, client.describe(v1::DescribeRequest { targets, fault })).await?;
         Ok(response.resolved)
     }
 
@@ -598,6 +687,29 @@ mod tests {
     fn refused_addresses(#[case] text: &str, #[case] why: &str) {
         let error = text.parse::<Address>().expect_err("refused");
         assert!(error.contains(why), "{error}");
+    }
+
+    #[test]
+    fn a_token_is_read_anew_for_each_call_and_goes_to_https_alone() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let tls = Tls { token: Some(file.path().to_owned()), ..Tls::default() };
+        let shown = |bearer: &mut Bearer| {
+            let request = bearer.call(Request::new(())).expect("never fails");
+            request
+                .metadata()
+                .get("authorization")
+                .map(|v| (v.to_str().expect("text").to_owned(), v.is_sensitive()))
+        };
+        let mut bearer = Bearer::of(&Address::Tls("node-1:7400".into(), tls.clone()));
+        for (content, expected) in
+            [("one\n", Some("Bearer one")), ("two", Some("Bearer two")), ("", None), ("a b", None)]
+        {
+            fs::write(file.path(), content).expect("written");
+            assert_eq!(shown(&mut bearer), expected.map(|text| (text.to_owned(), true)));
+        }
+        fs::write(file.path(), "one").expect("written");
+        let mut plain = Bearer::of(&Address::Tcp("127.0.0.1:7400".into()).with(&tls));
+        assert_eq!(shown(&mut plain), None);
     }
 
     #[test]

@@ -11,9 +11,10 @@ use crate::{
     agents::{Agent, Agents, Local},
     cli::{Common, Output, exit},
     commands::{out, print_json},
-    faults::{Armed, LEASE, NotArmed, Order},
+    faults::{Armed, LEASE, NotArmed, Order, nodes},
     gate,
-    plan::{self, Blame, Plan, Target, fault::time},
+    plan::{self, Beyond, Blame, Plan, Target, fault::time},
+    replicas::{Choice, mixed},
     report::figure::several,
     wrong::Wrong,
 };
@@ -43,6 +44,9 @@ pub(crate) fn orders(plan: &Plan, round: usize, run: &str, seed: u64) -> Result<
             fault: seeded(fault.proto.clone(), seed, round, n),
             duration: of.hold + MARGIN,
             lease: LEASE,
+            take: fault.replicas,
+            seed,
+            choice: None,
         })
     };
     of.faults.iter().enumerate().map(order).collect()
@@ -56,14 +60,6 @@ fn seeded(mut fault: v1::Fault, seed: u64, round: usize, n: usize) -> v1::Fault 
         network.seed = mixed(seed, ((round as u64) << 32) | n as u64).max(1);
     }
     fault
-}
-
-/// The finalizer of splitmix64 (Steele, Lea, Flood 2014): neighbouring inputs give unrelated outputs.
-fn mixed(seed: u64, n: u64) -> u64 {
-    let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// What was found out about a plan.
@@ -80,7 +76,7 @@ pub(crate) async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64)
         plan.targets.iter().filter_map(|(name, t)| Some((name.clone(), t.proto()?))).collect();
     let protos: Vec<v1::Target> = local.iter().map(|(_, t)| t.clone()).collect();
     let mut targets: Vec<_> = local.into_iter().map(|(name, _)| (name, Vec::new())).collect();
-    for resolved in join_all(agents.iter().map(|a| a.resolve(protos.clone()))).await {
+    for resolved in join_all(agents.iter().map(|a| a.resolve(protos.clone(), None))).await {
         for (target, resolved) in targets.iter_mut().zip(resolved?) {
             target.1.push(resolved);
         }
@@ -88,8 +84,11 @@ pub(crate) async fn dry_run(plan: &Plan, agents: &[Agent], run: &str, seed: u64)
     let mut faults = Vec::new();
     for round in 0..plan.rounds.len() {
         let mut armed = Vec::new();
-        for order in orders(plan, round, run, seed)? {
-            let result = order.arm(agents, true).await;
+        for mut order in orders(plan, round, run, seed)? {
+            let result = match order.choose(agents).await {
+                Ok(()) => order.arm(agents, true).await,
+                Err(e) => Err(e),
+            };
             if let Err(NotArmed::Call(e)) = result {
                 return Err(e.into());
             }
@@ -131,14 +130,13 @@ impl Checked {
             }
         }
         for (round, faults) in self.faults.iter().enumerate() {
-            let touched = faults.iter().filter_map(|(order, armed)| Some((order, armed.as_ref().ok()?)));
-            let touched =
-                touched.flat_map(|(order, armed)| armed.iter().map(|(agent, _)| (order.on.as_str(), *agent)));
-            if let Some((field, beyond)) = plan.limits.beyond(touched, agents.len()) {
+            let armed = faults.iter().filter_map(|(order, armed)| Some(order.touched(armed.as_ref().ok()?)));
+            let touched: Vec<_> = armed.flatten().collect();
+            if let Some(Beyond { field, problem, fix }) = plan.limits.beyond(&touched, &nodes(agents)) {
                 problems.push(Blame {
                     path: field.into(),
-                    message: format!("round {}: {beyond}", plan.rounds[round].name),
-                    fix: "name more agents, choose a narrower target, or agree on more".into(),
+                    message: format!("round {}: {problem}", plan.rounds[round].name),
+                    fix: fix.into(),
                 });
             }
         }
@@ -199,7 +197,7 @@ pub(crate) async fn preview(common: &Common, path: &Path, seed: Option<u64>) -> 
 /// What would happen to one host: round, fault and injection, in order.
 struct Host<'a> {
     node: &'a str,
-    injections: Vec<(&'a str, &'a str, &'a v1::Injection)>,
+    injections: Vec<(&'a str, &'a Order, &'a v1::Injection)>,
 }
 
 fn by_host<'a>(plan: &'a Plan, agents: &'a [Agent], checked: &'a Checked) -> Vec<Host<'a>> {
@@ -212,7 +210,7 @@ fn by_host<'a>(plan: &'a Plan, agents: &'a [Agent], checked: &'a Checked) -> Vec
         .collect();
     let host = |(index, agent): (usize, &'a Agent)| {
         let here = all.iter().filter(|(agent, ..)| *agent == index);
-        let injections = here.map(|(_, round, order, i)| (round.name.as_str(), order.summary.as_str(), *i));
+        let injections = here.map(|(_, round, order, i)| (round.name.as_str(), *order, *i));
         Host { node: &agent.node, injections: injections.collect() }
     };
     agents.iter().enumerate().map(host).collect()
@@ -222,9 +220,12 @@ fn hosts_text(hosts: &[Host<'_>]) -> String {
     let mut text = String::new();
     for Host { node, injections } in hosts {
         let _ = writeln!(text, "{node}: {}", several(injections.len(), "injection"));
-        for (round, fault, i) in injections {
+        for (round, order, i) in injections {
             let target = i.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default();
-            let _ = writeln!(text, "  {round}  {fault}\n    on {target}  by {}", i.mechanism);
+            let _ = writeln!(text, "  {round}  {}\n    on {target}  by {}", order.summary, i.mechanism);
+            if let Some(choice) = &order.choice {
+                let _ = writeln!(text, "    chosen   {choice}");
+            }
             for change in &i.changes {
                 let _ = writeln!(text, "    changes  {change}");
             }
@@ -237,10 +238,11 @@ fn hosts_text(hosts: &[Host<'_>]) -> String {
 }
 
 fn hosts_json(hosts: &[Host<'_>]) -> Value {
-    let injection = |(round, fault, i): &(&str, &str, &v1::Injection)| {
+    let injection = |(round, order, i): &(&str, &Order, &v1::Injection)| {
         json!({
             "round": round,
-            "fault": fault,
+            "fault": order.summary,
+            "chosen": order.choice.as_ref().map(choice_json),
             "target": i.target.as_ref().map(|t| &t.name),
             "mechanism": i.mechanism,
             "changes": i.changes,
@@ -309,6 +311,9 @@ fn fault_text(
     for warning in warnings {
         let _ = writeln!(text, "           ! warning  {warning}");
     }
+    if let Some(choice) = &order.choice {
+        let _ = writeln!(text, "           chosen  {choice}");
+    }
     match armed {
         Err(e) => {
             let _ = writeln!(text, "           {e}");
@@ -330,6 +335,11 @@ fn fault_text(
             }
         }
     }
+}
+
+/// How many replicas were chosen, and by which seed.
+pub(crate) fn choice_json(choice: &Choice) -> Value {
+    json!({ "replicas": choice.taken, "of": choice.of, "seed": choice.seed })
 }
 
 fn gates_text(text: &mut String, plan: &Plan, round: Option<usize>) {
@@ -374,7 +384,8 @@ fn as_json(plan: &Plan, agents: &[Agent], checked: &Checked, problems: &[Blame])
     let fault = |(order, armed): &(Order, Result<Armed, NotArmed>), warnings: &[String]| match armed {
         Ok(armed) => {
             let injections: Vec<Value> = armed.iter().map(injection).collect();
-            json!({ "fault": order.summary, "warnings": warnings, "injections": injections })
+            let chosen = order.choice.as_ref().map(choice_json);
+            json!({ "fault": order.summary, "warnings": warnings, "chosen": chosen, "injections": injections })
         }
         Err(e) => json!({ "fault": order.summary, "warnings": warnings, "error": e.to_string() }),
     };

@@ -11,6 +11,7 @@ use crate::{
         fault::{Cpu, Memory, Size},
         units::{self, Wrong},
     },
+    replicas::Take,
 };
 
 mod network;
@@ -200,6 +201,12 @@ pub(crate) struct What {
     /// How long, then it ends by itself: 30s, 5m
     #[arg(long = "for", value_name = "TIME", value_parser = parse(units::duration))]
     pub duration: Duration,
+    /// Only some of what matches, over all agents: 50%, or 1. A pod is one, however many processes it has
+    #[arg(long, value_name = "SHARE|N")]
+    pub replicas: Option<Take>,
+    /// Seed by which they are chosen, to choose the same again; drawn and shown where none is given
+    #[arg(long, value_name = "SEED", requires = "replicas")]
+    pub replicas_seed: Option<u64>,
     /// Come back at once; needs an agent that keeps running, and the fault ends after --for
     #[arg(long)]
     pub detach: bool,
@@ -283,7 +290,9 @@ impl Inject {
 
     /// The fault for an agent, and a line for people.
     pub(crate) fn fault(&self) -> Result<(squall_proto::v1::Fault, String), Wrong> {
-        let on = self.common().target.shown();
+        let what = self.common();
+        let of = what.replicas.map(|take| format!(" (replicas: {take})")).unwrap_or_default();
+        let on = what.target.shown() + &of;
         match self {
             Self::Network(args) => {
                 let network = args.network()?;

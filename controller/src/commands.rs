@@ -54,12 +54,14 @@ fn node_json(agent: &Agent) -> Value {
         "agent": about.agent_version,
         "kernel": about.kernel,
         "cgroup": about.cgroup,
+        "zone": about.zone,
         "stopped": about.stopped,
         "faults": faults,
         "limits": about.limits.as_ref().map(|l| json!({
             "longest_seconds": l.longest_ns as f64 / 1e9,
             "longest_lease_seconds": l.longest_lease_ns as f64 / 1e9,
             "most_injections": l.most_injections,
+            "most_pods": l.most_pods,
         })),
     })
 }
@@ -68,8 +70,9 @@ fn node_text(agent: &Agent) -> String {
     let about = &agent.about;
     let stopped =
         if about.stopped { "  ! stopped: nothing may be injected until squall stop --release\n" } else { "" };
+    let zone = if about.zone.is_empty() { String::new() } else { format!("  zone {}", about.zone) };
     let text = format!(
-        "{}  kernel {}  cgroup {}  agent {}  {}\n{stopped}",
+        "{}{zone}  kernel {}  cgroup {}  agent {}  {}\n{stopped}",
         about.node, about.kernel, about.cgroup, about.agent_version, agent.address
     );
     let mut table = table();
@@ -133,9 +136,22 @@ pub(crate) async fn status(common: &Common) -> Result<u8> {
                 table.add_row([i.id.clone(), node.clone(), target, fault, state(i), ends(i), measured(i)]);
             }
             out(&format!("{table}\n"));
+            for (_, i) in &found {
+                out(&resumed(i));
+            }
         }
     }
     Ok(exit::OK)
+}
+
+/// A line where the agent was replaced meanwhile; else nothing.
+pub(crate) fn resumed(i: &v1::Injection) -> String {
+    let Some(v1::Resumption { agent_version, gap_ns, .. }) = &i.resumed else { return String::new() };
+    let gap = *gap_ns as f64 / 1e9;
+    format!(
+        "! {}: resumed by agent {agent_version} after {gap:.1} s without it; what is counted began anew\n",
+        i.id
+    )
 }
 
 /// An injection as JSON.
@@ -153,6 +169,10 @@ pub(crate) fn injection_json(node: &str, i: &v1::Injection) -> Value {
         "warnings": i.warnings,
         "reason": i.reason,
         "seed": i.seed,
+        "resumed": i.resumed.as_ref().map(|r| json!({
+            "agent": r.agent_version,
+            "after_seconds": r.gap_ns as f64 / 1e9,
+        })),
         "ends_in_seconds": is_live(i).then(|| left(i, i.ends_boot_ns).as_secs_f64()),
         "lease_ends_in_seconds": is_live(i).then(|| left(i, i.lease_ends_boot_ns).as_secs_f64()),
         "bit": effect.is_some_and(|e| e.bit),
@@ -172,6 +192,7 @@ fn state_name(state: State) -> &'static str {
         State::Reverted => "reverted",
         State::Stuck => "stuck",
         State::Failed => "failed",
+        State::HandedOver => "handed over",
     }
 }
 

@@ -84,6 +84,17 @@ pub enum What {
         /// Why it ended: asked for, deadline, lease, target gone.
         reason: String,
     },
+    /// The agent was replaced, and the next one injected again what the one before had taken back. Figures begin anew.
+    Resumed {
+        /// Id of the injection.
+        id: String,
+        /// Node it is on.
+        node: String,
+        /// Version of the agent that did.
+        agent: String,
+        /// Seconds for which nothing was injected, measured by that agent.
+        gap: f64,
+    },
     /// A revert that failed; the agent keeps trying.
     Stuck {
         /// Id of the injection.

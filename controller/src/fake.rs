@@ -79,6 +79,24 @@ impl Fake {
         }
     }
 
+    /// It is replaced by an agent that resumes everything.
+    pub(crate) fn resume_all(&self) {
+        let mut is = self.is();
+        is.lost = false;
+        for injection in is.injections.values_mut() {
+            let agent_version = "9.9.9".to_owned();
+            injection.resumed = Some(v1::Resumption { agent_version, at_boot_ns: 1, gap_ns: 1_500_000_000 });
+            injection.effect = Some(v1::Effect::default());
+        }
+    }
+
+    /// It is replaced by an agent that knows nothing.
+    pub(crate) fn forget_all(&self) {
+        let mut is = self.is();
+        is.lost = false;
+        is.injections.clear();
+    }
+
     pub(crate) fn live(&self) -> usize {
         self.is().injections.values().filter(|i| i.state() != State::Reverted).count()
     }

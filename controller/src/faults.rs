@@ -1,6 +1,9 @@
 //! Faults across agents: one order, armed and fired wherever its target is, renewed and taken back together.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use futures::future::join_all;
 use squall_proto::v1::{self, State};
@@ -8,6 +11,8 @@ use squall_proto::v1::{self, State};
 use crate::{
     agents::{Agent, CallError},
     event,
+    plan::Touched,
+    replicas::{self, Choice, Take},
 };
 
 /// Without a renewal for this long, what was injected ends by itself.
@@ -32,6 +37,12 @@ pub(crate) struct Order {
     pub duration: Duration,
     /// The lease.
     pub lease: Duration,
+    /// How many of the target's replicas; all where nothing is said.
+    pub take: Option<Take>,
+    /// Seed by which they are chosen.
+    pub seed: u64,
+    /// Those that were.
+    pub choice: Option<Choice>,
 }
 
 /// Why an order cannot be carried out.
@@ -49,7 +60,49 @@ pub(crate) enum NotArmed {
 pub(crate) type Armed = Vec<(usize, v1::Injection)>;
 
 impl Order {
-    fn request(&self, dry_run: bool) -> v1::ArmRequest {
+    /// Chooses the replicas, where it does not take all; says no where that cannot be done. The limits of agents are about what
+    /// is chosen, so they are not asked for yet.
+    pub(crate) async fn choose(&mut self, agents: &[Agent]) -> Result<(), NotArmed> {
+        let Some(take) = self.take else { return Ok(()) };
+        let asked = agents.iter().map(|a| a.resolve(vec![self.target.clone()], Some(self.fault.clone())));
+        let mut there = Vec::new();
+        for (agent, resolved) in agents.iter().zip(join_all(asked).await) {
+            let resolved = resolved.map_err(|e| match e {
+                CallError::Refused { .. } => NotArmed::Wrong(format!("{}: {e}", self.summary)),
+                e => e.into(),
+            })?;
+            there.push((
+                agent.node.as_str(),
+                resolved.into_iter().flat_map(|r| r.targets).collect::<Vec<_>>(),
+            ));
+        }
+        // That there is nothing at all is told by who is asked to arm it.
+        if there.iter().any(|(_, targets)| !targets.is_empty()) {
+            let choice = replicas::choose(take, self.seed, &there);
+            let wrong = |why| NotArmed::Wrong(format!("{}: {why}", self.summary));
+            self.choice = Some(choice.map_err(wrong)?);
+        }
+        Ok(())
+    }
+
+    /// What it touches, for the limits of a plan.
+    pub(crate) fn touched(&self, armed: &Armed) -> Vec<Touched> {
+        let replica = |i: &v1::Injection| i.target.as_ref().map(replicas::key).unwrap_or_default().to_owned();
+        let all: BTreeSet<_> = armed.iter().map(|(agent, i)| (*agent, replica(i))).collect();
+        let of = self.choice.as_ref().map_or(all.len(), |choice| choice.of);
+        let touched = armed.iter().map(|(node, i)| Touched {
+            target: self.on.clone(),
+            node: *node,
+            replica: replica(i),
+            replicas: of,
+            pods: i.pods.clone(),
+            pods_there: i.pods_there as usize,
+        });
+        touched.collect()
+    }
+
+    fn request(&self, agent: usize, dry_run: bool) -> v1::ArmRequest {
+        let only = self.choice.as_ref().and_then(|choice| choice.by_agent.get(&agent));
         v1::ArmRequest {
             id: self.id.clone(),
             target: Some(self.target.clone()),
@@ -57,6 +110,7 @@ impl Order {
             duration_ns: self.duration.as_nanos() as u64,
             lease_ns: self.lease.as_nanos() as u64,
             dry_run,
+            only: only.cloned().unwrap_or_default(),
         }
     }
 
@@ -64,9 +118,12 @@ impl Order {
     ///
     /// An agent where the target is not takes no part. None at all is an error that says why, node by node.
     pub(crate) async fn arm(&self, agents: &[Agent], dry_run: bool) -> Result<Armed, NotArmed> {
-        let answers = join_all(agents.iter().map(|agent| agent.arm(self.request(dry_run)))).await;
+        let chosen = |index: &usize| self.choice.as_ref().is_none_or(|c| c.by_agent.contains_key(index));
+        let asked = (0..agents.len()).filter(chosen);
+        let asked =
+            asked.map(|index| async move { (index, agents[index].arm(self.request(index, dry_run)).await) });
         let (mut armed, mut refused, mut not_there) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, answer) in answers.into_iter().enumerate() {
+        for (index, answer) in join_all(asked).await {
             match answer {
                 Ok(injections) => armed.extend(injections.into_iter().map(|i| (index, i))),
                 Err(e @ CallError::NotThere { .. }) => not_there.push(e.to_string()),
@@ -83,6 +140,11 @@ impl Order {
         }
         Ok(armed)
     }
+}
+
+/// Where agents are, for the limits of a plan: name of the node, and its zone.
+pub(crate) fn nodes(agents: &[Agent]) -> Vec<(&str, &str)> {
+    agents.iter().map(|agent| (agent.node.as_str(), agent.about.zone.as_str())).collect()
 }
 
 /// Injections that may be live, by agent.
@@ -141,7 +203,8 @@ impl Held {
         Ok(all)
     }
 
-    /// Renews all leases. Gives what is not live any more: index of the agent and id.
+    /// Renews all leases. Gives what is not live any more: index of the agent and id. An agent that is lost, but may return
+    /// before its leases are over, is no error yet.
     pub(crate) async fn renew(&self, agents: &[Agent]) -> Result<Vec<(usize, String)>, CallError> {
         let renewed = self
             .ids
@@ -149,7 +212,11 @@ impl Held {
             .map(|(&agent, ids)| async move { (agent, agents[agent].renew(ids.clone()).await) });
         let mut gone = Vec::new();
         for (agent, renewed) in join_all(renewed).await {
-            gone.extend(renewed?.into_iter().map(|id| (agent, id)));
+            match renewed {
+                Ok(ids) => gone.extend(ids.into_iter().map(|id| (agent, id))),
+                Err(e) if agents[agent].may_return(&e) => {}
+                Err(e) => return Err(e),
+            }
         }
         Ok(gone)
     }
@@ -188,6 +255,11 @@ pub(crate) fn left(injection: &v1::Injection, boot_ns: u64) -> Duration {
     Duration::from_nanos(boot_ns.saturating_sub(injection.now_boot_ns))
 }
 
+/// The name of what an injection is on.
+pub(crate) fn resolved(injection: &v1::Injection) -> &str {
+    injection.target.as_ref().map(|t| t.name.as_str()).unwrap_or_default()
+}
+
 /// What an agent reported, as an event has it. `now` is the time of the run.
 pub(crate) fn as_event(agent: &Agent, on: &str, injection: &v1::Injection, now: f64) -> event::Injection {
     event::Injection {
@@ -195,7 +267,7 @@ pub(crate) fn as_event(agent: &Agent, on: &str, injection: &v1::Injection, now: 
         node: agent.node.clone(),
         kind: injection.kind.clone(),
         target: on.to_owned(),
-        resolved: injection.target.as_ref().map(|t| t.name.clone()).unwrap_or_default(),
+        resolved: resolved(injection).to_owned(),
         summary: injection.summary.clone(),
         mechanism: injection.mechanism.clone(),
         changes: injection.changes.clone(),

@@ -110,6 +110,13 @@ impl Round {
     }
 }
 
+/// What everybody is told about a fault with a gap.
+pub(crate) fn resumed(id: &str, node: &str, agent: &str, gap: f64) -> String {
+    format!(
+        "{id} on {node}: resumed by agent {agent} after {gap:.1} s without it; what is counted began anew"
+    )
+}
+
 impl Run {
     /// Folds a whole stream.
     #[cfg(test)]
@@ -152,8 +159,13 @@ impl Run {
             What::Injected { round, injection } => self.injections.push(Injected::new(round, at, injection)),
             What::Effect { id, node, bit, figures } => {
                 if let Some(injected) = self.injected(&id, &node) {
-                    (injected.bit, injected.figures) = (bit, figures);
+                    // What is counted begins anew with another agent; what was touched stays touched.
+                    injected.bit |= bit;
+                    injected.figures = figures;
                 }
+            }
+            What::Resumed { id, node, agent, gap } => {
+                self.notes.push((at, resumed(&id, &node, &agent, gap)));
             }
             What::Reverted { id, node, took, reason } => {
                 if let Some(injected) = self.injected(&id, &node) {

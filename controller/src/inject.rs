@@ -13,8 +13,9 @@ use tokio::{
 
 use crate::{
     agents::{Agent, Agents, CallError, Local},
+    check::choice_json,
     cli::{Common, Inject, Output, exit},
-    commands::{err, injection_json, measured, out, print_json, state},
+    commands::{err, injection_json, measured, out, print_json, resumed, state},
     faults::{Armed, Held, LEASE, Order, RENEW_EVERY, left, new_id},
     plan::fault::time,
     report::figure::several,
@@ -47,7 +48,7 @@ pub(crate) async fn inject(
         .target()
         .proto()
         .ok_or_else(|| Wrong("give --exe, --pid, --cgroup or --interface".into()))?;
-    let order = Order {
+    let mut order = Order {
         id: new_id(),
         on: what.target.shown(),
         summary,
@@ -55,13 +56,16 @@ pub(crate) async fn inject(
         fault,
         duration: what.duration,
         lease: if what.detach { what.duration } else { LEASE },
+        take: what.replicas,
+        seed: what.replicas_seed.unwrap_or_else(|| rand::random::<u32>().into()),
+        choice: None,
     };
     let local = if what.detach { Local::Refuse } else { Local::Start };
     let agents = Agents::connect(&common.agents, local).await?;
-    let result = if what.dry_run {
-        preview(common, &order, &agents.list).await
-    } else {
-        on_agents(common, &order, what.detach, &agents.list, signals).await
+    let result = match order.choose(&agents.list).await {
+        Err(e) => Err(e.into()),
+        Ok(()) if what.dry_run => preview(common, &order, &agents.list).await,
+        Ok(()) => on_agents(common, &order, what.detach, &agents.list, signals).await,
     };
     let stopped = agents.stop().await;
     let code = result?;
@@ -75,7 +79,10 @@ async fn preview(common: &Common, order: &Order, agents: &[Agent]) -> Result<u8>
     match common.output {
         Output::Json => {
             let list: Vec<_> = planned.iter().map(|(a, i)| injection_json(&agents[*a].node, i)).collect();
-            print_json(&json!({ "event": "planned", "fault": order.summary, "injections": list }));
+            let chosen = order.choice.as_ref().map(choice_json);
+            let planned =
+                json!({ "event": "planned", "fault": order.summary, "chosen": chosen, "injections": list });
+            print_json(&planned);
         }
         Output::Text => {
             out(&injected(agents, order, &planned));
@@ -192,6 +199,7 @@ async fn finish(
     } else {
         for (agent, i) in &taken.injections {
             out(&format!("  {}  {}  {}  {}\n", agents[*agent].node, i.id, state(i), measured(i)));
+            err(&resumed(i));
         }
         out(&format!("{reverted} of {} reverted\n", fired.len()));
     }
@@ -224,7 +232,13 @@ fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach:
         let list: Vec<_> = fired.iter().map(|(a, i)| injection_json(&agents[*a].node, i)).collect();
         out(&format!(
             "{}\n",
-            json!({ "event": "injected", "id": order.id, "fault": order.summary, "injections": list })
+            json!({
+                "event": "injected",
+                "id": order.id,
+                "fault": order.summary,
+                "chosen": order.choice.as_ref().map(choice_json),
+                "injections": list,
+            })
         ));
         return;
     }
@@ -246,6 +260,9 @@ fn show(common: &Common, agents: &[Agent], order: &Order, fired: &Armed, detach:
 fn injected(agents: &[Agent], order: &Order, fired: &Armed) -> String {
     let mut text = format!("{}  id {}  on {}\n", order.summary, order.id, several(fired.len(), "target"));
     // Writing to a string does not fail.
+    if let Some(choice) = &order.choice {
+        let _ = writeln!(text, "  chosen   {choice}");
+    }
     for (agent, i) in fired {
         let _ = writeln!(text, "  {}  by {}", place(&agents[*agent], i), i.mechanism);
         if i.seed != 0 {
@@ -292,6 +309,9 @@ mod tests {
             fault: v1::Fault::default(),
             duration: Duration::from_secs(30),
             lease: LEASE,
+            take: None,
+            seed: 1,
+            choice: None,
         };
         let drawn = v1::Injection {
             id: "7f3a".into(),

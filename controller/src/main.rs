@@ -24,6 +24,7 @@ mod outline;
 mod plan;
 mod probe;
 mod progress;
+mod replicas;
 mod report;
 mod round;
 mod run;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use squall_proto::v1;
 
-use crate::report::figure::gate_limit;
+use crate::{replicas::Take, report::figure::gate_limit};
 
 /// A problem of a plan that only a look at the hosts shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +43,7 @@ pub(crate) mod units;
 
 pub(crate) use self::{
     cover::warnings,
-    limits::{Abort, Limits},
+    limits::{Abort, Beyond, Limits, Touched},
     network::{Address, Protocol},
     tree::Invalid,
 };
@@ -247,6 +247,8 @@ pub(crate) struct Round {
 pub(crate) struct Fault {
     /// Name of the target.
     pub on: String,
+    /// How many of the target's replicas; all where nothing is said.
+    pub replicas: Option<Take>,
     /// For the agent.
     pub proto: v1::Fault,
     /// One line for people.

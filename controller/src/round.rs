@@ -19,10 +19,10 @@ use crate::{
     check,
     clock::Clock,
     event::{Figure, Phase, What},
-    faults::{Held, NotArmed, RENEW_EVERY, as_event, figures},
+    faults::{Held, NotArmed, RENEW_EVERY, as_event, figures, nodes, resolved},
     gate,
     log::Log,
-    plan::{Abort, Blame, Plan, Probe},
+    plan::{Abort, Beyond, Blame, Plan, Probe},
     signals::{Asked, asked},
 };
 
@@ -119,6 +119,8 @@ struct Tracked {
     reverting: Option<f64>,
     /// Last effect on record, and last reason why it is stuck.
     effects: BTreeMap<(usize, String), (bool, Vec<Figure>)>,
+    /// When what was resumed was, on the clock of its node.
+    resumed: BTreeMap<(usize, String), u64>,
     stuck: BTreeMap<(usize, String), String>,
 }
 
@@ -135,6 +137,12 @@ impl Tracker {
             return;
         }
         let (id, node) = (injection.id.clone(), context.agents[agent].node.clone());
+        if let Some(resumed) = &injection.resumed
+            && tracked.resumed.insert(key.clone(), resumed.at_boot_ns) != Some(resumed.at_boot_ns)
+        {
+            let (agent, gap) = (resumed.agent_version.clone(), resumed.gap_ns as f64 / 1e9);
+            context.log.record(What::Resumed { id: id.clone(), node: node.clone(), agent, gap });
+        }
         if let Some(effect) = &injection.effect {
             let effect = (effect.bit, figures(effect));
             if tracked.effects.get(&key) != Some(&effect) {
@@ -260,22 +268,29 @@ async fn arm(
 ) -> Result<BTreeMap<(usize, String), String>, Stopped> {
     let orders = check::orders(&context.plan, round, &context.run, context.seed).map_err(Stopped::Ours)?;
     let mut on = BTreeMap::new();
-    for order in orders {
-        let armed = order.arm(&context.agents, false).await.map_err(|e| match e {
-            NotArmed::Wrong(why) => {
-                let name = &context.plan.rounds[round].name;
-                Stopped::Undecidable(format!("round {name} could not be made: {why}"))
-            }
-            NotArmed::Call(e) => e.into(),
-        })?;
+    let mut touched = Vec::new();
+    let name = &context.plan.rounds[round].name;
+    let not_armed = |e| match e {
+        NotArmed::Wrong(why) => Stopped::Undecidable(format!("round {name} could not be made: {why}")),
+        NotArmed::Call(e) => e.into(),
+    };
+    for mut order in orders {
+        order.choose(&context.agents).await.map_err(not_armed)?;
+        let armed = order.arm(&context.agents, false).await.map_err(not_armed)?;
         tracker.lock().held.add(&armed);
+        if let Some(choice) = &order.choice {
+            let names =
+                armed.iter().map(|(agent, i)| format!("{}  {}", context.agents[*agent].node, resolved(i)));
+            let names: Vec<_> = names.collect();
+            context.log.note(format!("{}: chosen {choice}: {}", order.summary, names.join(", ")));
+        }
+        touched.extend(order.touched(&armed));
         on.extend(armed.into_iter().map(|(agent, i)| ((agent, i.id), order.on.clone())));
     }
     // What was checked before the run may be more by now.
-    let touched = on.iter().map(|((agent, _), target)| (target.as_str(), *agent));
-    if let Some((field, beyond)) = context.plan.limits.beyond(touched, context.agents.len()) {
-        let name = &context.plan.rounds[round].name;
-        return Err(Stopped::Limit(format!("{field}: round {name}: {beyond}")));
+    if let Some(Beyond { field, problem, .. }) = context.plan.limits.beyond(&touched, &nodes(&context.agents))
+    {
+        return Err(Stopped::Limit(format!("{field}: round {name}: {problem}")));
     }
     Ok(on)
 }
@@ -334,21 +349,53 @@ fn follow(context: &Arc<Context>, tracker: &Arc<Tracker>, beside: &mut JoinSet<(
     });
 }
 
+/// Follows the injections of an agent, and of the one that takes its place.
 async fn watch(
     context: &Context,
     tracker: &Tracker,
     agent: usize,
     ids: Vec<String>,
 ) -> Result<(), CallError> {
-    let mut stream = context.agents[agent].watch(ids).await?;
+    let of = &context.agents[agent];
+    loop {
+        let mut lost = watch_once(context, tracker, agent, ids.clone()).await;
+        let known = loop {
+            of.await_return(lost).await?;
+            match of.list().await {
+                Ok(known) => break known,
+                Err(e) => lost = e,
+            }
+        };
+        for id in &ids {
+            let forgotten = || v1::Injection {
+                id: id.clone(),
+                state: State::Reverted.into(),
+                reason: "the agent was replaced, and the next one does not know it".into(),
+                ..v1::Injection::default()
+            };
+            let injection = known.iter().find(|i| i.id == *id).cloned().unwrap_or_else(forgotten);
+            tracker.heard(context, agent, &injection);
+        }
+    }
+}
+
+/// Follows until the stream ends; says why it did.
+async fn watch_once(context: &Context, tracker: &Tracker, agent: usize, ids: Vec<String>) -> CallError {
+    let of = &context.agents[agent];
+    let mut stream = match of.watch(ids).await {
+        Ok(stream) => stream,
+        Err(e) => return e,
+    };
     loop {
         match stream.message().await {
-            Ok(Some(injection)) => tracker.heard(context, agent, &injection),
-            Ok(None) => {
-                let (node, message) = (context.agents[agent].node.clone(), "it closed its stream".into());
-                return Err(CallError::Lost { node, message });
+            Ok(Some(injection)) => {
+                of.heard();
+                tracker.heard(context, agent, &injection);
             }
-            Err(status) => return Err(context.agents[agent].stream_error(&status)),
+            Ok(None) => {
+                return CallError::Lost { node: of.node.clone(), message: "it closed its stream".into() };
+            }
+            Err(status) => return of.stream_error(&status),
         }
     }
 }
@@ -373,9 +420,9 @@ async fn renew(context: &Context, tracker: &Tracker) -> Result<(), CallError> {
 
 /// Ends everything that may be live and waits until the hosts are as before.
 async fn take_back(context: &Context, tracker: &Tracker) -> Result<(), Stopped> {
-    let mut lost = Vec::new();
     let mut stuck = Vec::new();
-    for attempt in 1..=REVERT_TRIES {
+    let mut tries = 0;
+    let lost = loop {
         let held = {
             let mut known = tracker.lock();
             known.reverting.get_or_insert(context.clock.now());
@@ -395,14 +442,14 @@ async fn take_back(context: &Context, tracker: &Tracker) -> Result<(), Stopped> 
                 stuck.push(format!("{} on {node}: {}", injection.id, injection.reason));
             }
         }
-        lost = taken.unasked;
-        if stuck.is_empty() {
-            break;
+        // The next agent might resume what nobody could be asked to revert.
+        let returns = taken.unasked.iter().any(|(agent, _, e)| context.agents[*agent].may_return(e));
+        tries += usize::from(!stuck.is_empty());
+        if !returns && (stuck.is_empty() || tries == REVERT_TRIES) {
+            break taken.unasked;
         }
-        if attempt < REVERT_TRIES {
-            sleep(Duration::from_secs(1)).await;
-        }
-    }
+        sleep(Duration::from_secs(1)).await;
+    };
     for (agent, ids, why) in &lost {
         let (ids, node) = (ids.join(", "), &context.agents[*agent].node);
         let lease = humantime::format_duration(crate::faults::LEASE);

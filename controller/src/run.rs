@@ -272,9 +272,12 @@ fn sample(context: &Arc<Context>, checked: &check::Checked, beside: &mut JoinSet
                 let agent = &context.agents[agent];
                 let error = sample_once(&context, agent, &name, target.clone(), &gauges).await;
                 if let CallError::Lost { .. } = error {
-                    // Nobody listens any more once the run has ended.
-                    let _ = context.trouble.send(error.into());
-                    return;
+                    if let Err(lost) = agent.await_return(error).await {
+                        // Nobody listens any more once the run has ended.
+                        let _ = context.trouble.send(lost.into());
+                        return;
+                    }
+                    continue;
                 }
                 let failed =
                     gauges.lock().unwrap_or_else(PoisonError::into_inner).failed(&name, &error.to_string());
@@ -300,6 +303,7 @@ async fn sample_once(
     loop {
         match stream.message().await {
             Ok(Some(sample)) => {
+                agent.heard();
                 let events =
                     gauges.lock().unwrap_or_else(PoisonError::into_inner).take(name, &agent.node, &sample);
                 context.log.record_all(events);

@@ -118,6 +118,7 @@ async fn repeat(agent: &Agent, lab: &Lab, stream: &Packets, n: u32) -> Result<(D
         duration_ns: 60_000_000_000,
         lease_ns: 30_000_000_000,
         dry_run: false,
+        only: Vec::new(),
     };
     let started = Instant::now();
     client.inject(request).await?;

@@ -99,14 +99,19 @@ fn frame(data: &[u8]) {
 }
 
 fn journal(data: &[u8]) {
-    let _ = journal::parse(data);
+    filed::<journal::Record>(data);
+    filed::<journal::Left>(data);
+}
+
+fn filed<R: journal::Filed + PartialEq + std::fmt::Debug>(data: &[u8]) {
+    let _ = journal::parse::<R>(data);
     // With a checksum that no mutation would find.
     let Ok(inner) = str::from_utf8(data) else { return };
     let envelope = journal::envelope(inner.to_owned()).expect("text is JSON");
-    if let Ok(record) = journal::parse(&envelope) {
+    if let Ok(record) = journal::parse::<R>(&envelope) {
         let again = serde_json::to_string(&record).expect("a record is JSON");
         let envelope = journal::envelope(again).expect("text is JSON");
-        assert_eq!(journal::parse(&envelope).expect("what is written can be read"), record);
+        assert_eq!(journal::parse::<R>(&envelope).expect("what is written can be read"), record);
     }
 }
 

@@ -71,6 +71,7 @@ impl Bench {
             duration_ns: 120 * SECOND,
             lease_ns: 60 * SECOND,
             dry_run: false,
+            only: Vec::new(),
         };
         let made = self.client.inject(request).await?.into_inner().injections;
         let [injection] = <[Injection; 1]>::try_from(made).ok().context("not one injection")?;

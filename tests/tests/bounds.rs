@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
 };
@@ -11,7 +11,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use squall_proto::v1::{
     ArmRequest, CgroupSelector, CpuFault, DescribeRequest, Fault, Injection, ListRequest, MemoryFault,
-    NetworkFault, ProcessSelector, State, Target, agent_client::AgentClient, fault, memory_fault, target,
+    NetworkFault, ProcessSelector, RevertRequest, State, Target, agent_client::AgentClient, fault,
+    memory_fault, target,
 };
 use squall_tests::{
     Agent, AgentOptions, Cgroup, Controller, Running, Victim, bin_dir, in_a_shop, need_root, stdout, unique,
@@ -53,6 +54,7 @@ fn request(id: &str, target: Target, fault: Fault) -> ArmRequest {
         duration_ns: 600_000_000_000,
         lease_ns: 120_000_000_000,
         dry_run: false,
+        only: Vec::new(),
     }
 }
 
@@ -261,4 +263,222 @@ fn a_dry_run_says_what_would_be_changed_on_each_host_and_changes_nothing() -> Re
         ensure!(before == shop.client().state()? && controller.run_dir().is_err(), "something was done");
         Ok(())
     })
+}
+
+/// Pods as the kubelet makes them, in cgroups below one of the test's own. Each process is called by the same name.
+struct Kubelet {
+    // Dropped first, so that the cgroups are empty.
+    containers: Vec<(Running, usize, String)>,
+    cgroup: Cgroup,
+    dir: tempfile::TempDir,
+}
+
+const PODS: usize = 4;
+
+impl Kubelet {
+    /// Four pods, of which the first has two containers and the last is of kube-system.
+    fn start() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let cgroup = Cgroup::new(unique("bounds"))?;
+        let mut kubelet = Self { containers: Vec::new(), cgroup, dir };
+        fs::copy(stdout(Command::new("sh").args(["-c", "command -v sleep"]))?.trim(), kubelet.exe())?;
+        for (pod, place) in [
+            (0, "kubepods/burstable/podUID/app"),
+            (0, "kubepods/burstable/podUID/sidecar"),
+            (1, "kubepods/podUID/app"),
+            (
+                2,
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podUID.slice/cri-containerd-app.scope",
+            ),
+            (3, "kubepods.slice/kubepods-podUID.slice/cri-containerd-app.scope"),
+        ] {
+            let uid = Self::uid(pod);
+            let uid = if place.contains(".slice") { uid.replace('-', "_") } else { uid };
+            let place = place.replace("UID", &uid);
+            let mut command = Command::new(kubelet.exe());
+            command.arg("3600");
+            let process = Running::start("a container", &kubelet.cgroup.wrap_below(&place, &command)?)?;
+            wait_for("the container in its cgroup", SOON, || {
+                let exe = fs::read_link(Path::new("/proc").join(process.pid().to_string()).join("exe"));
+                Ok(exe.is_ok_and(|exe| exe == kubelet.exe()).then_some(()))
+            })?;
+            kubelet.containers.push((process, pod, place));
+        }
+        for (pod, namespace) in ["shop", "shop", "shop", "kube-system"].into_iter().enumerate() {
+            let name = format!("{namespace}_some-pod_{}", Self::uid(pod));
+            fs::create_dir_all(kubelet.logs().join(name))?;
+        }
+        Ok(kubelet)
+    }
+
+    fn uid(pod: usize) -> String {
+        format!("0b5ec1f2-6d1a-4c57-9d0e-5f6f3c2a1b{pod:02}")
+    }
+
+    fn exe(&self) -> PathBuf {
+        self.dir.path().join("replica")
+    }
+
+    fn logs(&self) -> PathBuf {
+        self.dir.path().join("pods")
+    }
+
+    /// The container of a place in the list.
+    fn container(&self, n: usize) -> Target {
+        process(self.containers[n].0.pid())
+    }
+
+    /// The pods in whose cgroups something else runs than what the test put there.
+    fn hurt(&self) -> Result<Vec<usize>> {
+        let mut hurt = Vec::new();
+        for (process, pod, place) in &self.containers {
+            if self.cgroup.processes_below(place)? != [process.pid().cast_signed()] {
+                hurt.push(*pod);
+            }
+        }
+        hurt.dedup();
+        Ok(hurt)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_of_the_nodes_pods_are_hurt_than_the_agent_allows() -> Result<()> {
+    need_root()?;
+    let kubelet = Kubelet::start()?;
+    let logs = kubelet.logs().display().to_string();
+    let args = ["--most-pods", "50%", "--pod-logs", &logs, "--protect-namespace", "shop-2"];
+    let agent = Agent::start(AgentOptions { args: &args, ..AgentOptions::default() }).await?;
+    let mut client = agent.client().await?;
+    let ask = |id: &str, n: usize| request(id, kubelet.container(n), cpu());
+
+    let refused = inject(&mut client, ask("system", 4)).await.expect_err("it is of kube-system");
+    ensure!(refused.contains("of the namespace kube-system, which is protected"), "{refused}");
+    let all = request("all", cgroup(&format!("{}/kubepods.slice", kubelet.cgroup.path())), cpu());
+    let refused = inject(&mut client, all).await.expect_err("one of them is of kube-system");
+    ensure!(refused.contains("kube-system"), "{refused}");
+    ensure!(kubelet.hurt()?.is_empty(), "{:?}", kubelet.hurt()?);
+
+    // Two of four pods, one of them in both of its containers.
+    for n in 0..3 {
+        let injected = inject(&mut client, ask(&format!("pod-{n}"), n)).await.map_err(anyhow::Error::msg)?;
+        ensure!(injected.state() == State::Active && injected.pods_there as usize == PODS, "{injected:?}");
+        ensure!(injected.pods == [Kubelet::uid(kubelet.containers[n].1)], "{injected:?}");
+    }
+    ensure!(kubelet.hurt()? == [0, 1], "{:?}", kubelet.hurt()?);
+    let refused = inject(&mut client, ask("third", 3)).await.expect_err("a third pod");
+    let why = "3 of this node's 4 pods would be hurt at once, and --most-pods 50% allows 2; take fewer";
+    ensure!(refused.starts_with("target: ") && refused.contains(why), "{refused}");
+    ensure!(
+        kubelet.hurt()? == [0, 1] && client.list(ListRequest {}).await?.into_inner().injections.len() == 3
+    );
+
+    client.revert(RevertRequest { ids: vec!["pod-2".to_owned()], all: false }).await?;
+    let injected = inject(&mut client, ask("third", 3)).await.map_err(anyhow::Error::msg)?;
+    ensure!(injected.state() == State::Active && kubelet.hurt()? == [0, 2], "{:?}", kubelet.hurt()?);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn some_of_the_replicas_are_chosen_and_no_others_are_hurt() -> Result<()> {
+    need_root()?;
+    let kubelet = Kubelet::start()?;
+    let exe = kubelet.exe().display().to_string();
+    // Where the namespaces are not known none of them is protected.
+    let nowhere = kubelet.dir.path().join("nowhere").display().to_string();
+    let args = ["--pod-logs", &nowhere, "--zone", "north"];
+    let agent = Agent::start(AgentOptions { args: &args, ..AgentOptions::default() }).await?;
+    let mut client = agent.client().await?;
+    let here = format!("unix://{}", agent.socket().display());
+    let runs = kubelet.dir.path().join("runs");
+    let squall = |args: &[&str]| -> Result<(Option<i32>, String)> {
+        let mut command = Command::new(bin_dir().join("squall"));
+        let output = command.args(args).args(["--agents", &here, "--runs"]).arg(&runs).output()?;
+        Ok((output.status.code(), said(&output)))
+    };
+    let chosen = |seed: &str, how: &str| {
+        let line = ["inject", "cpu", "--exe", &exe, "--load", "10%", "--for", "240s", "--replicas", "50%"];
+        squall(&[&line[..], &["--replicas-seed", seed, how]].concat())
+    };
+
+    let mut ever = Vec::new();
+    for seed in ["1", "2", "3", "4", "5", "6"] {
+        let (code, planned) = chosen(seed, "--dry-run")?;
+        ensure!(code == Some(0) && kubelet.hurt()?.is_empty(), "{planned}");
+        ensure!(planned.contains(&format!("chosen   2 of 4 replicas by seed {seed}")), "{planned}");
+        let (code, text) = chosen(seed, "--detach")?;
+        ensure!(code == Some(0), "{text}");
+        let hurt = kubelet.hurt()?;
+        ensure!(hurt.len() == 2, "{hurt:?}\n{text}");
+        for (process, pod, _) in &kubelet.containers {
+            let named = planned.contains(&format!("replica pid {}  ", process.pid()));
+            ensure!(named == hurt.contains(pod), "{hurt:?}\n{planned}");
+        }
+        client.revert(RevertRequest { ids: vec![], all: true }).await?;
+        ensure!(kubelet.hurt()?.is_empty());
+        ever.push(hurt);
+    }
+    ever.sort();
+    ever.dedup();
+    ensure!(ever.len() > 1, "every seed chooses {ever:?}");
+
+    let plan = |limits: &str, replicas: &str| -> Result<String> {
+        let text = format!(
+            "apiVersion: squall.dev/v1\nkind: Plan\nmetadata: {{ name: some }}\nseed: 3\n\
+             targets: {{ web: {{ process: {{ exe: {exe} }} }} }}\n\
+             rounds:\n  - name: busy\n    baseline: 1s\n    hold: 2s\n    recovery: 1s\n    \
+             faults: [ {{ cpu: {{ on: web, replicas: {replicas}, load: 10% }} }} ]\n    \
+             gates: [ {{ oom: {{ target: web }} }} ]\nlimits: {{ {limits} }}\n"
+        );
+        let path = kubelet.dir.path().join("plan.yaml");
+        fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    for (limits, replicas, why) in [
+        (
+            "replicas: 25%",
+            "2",
+            "of `web` would be hurt 2 of 4 replicas at once (50%), and 25% may be, which is 1",
+        ),
+        ("pods: 25%", "50%", "would be hurt 2 of 4 pods at once (50%), and 25% may be, which is 1"),
+        ("zone: 50%", "1", "in the zone north would be hurt 1 of 1 node at once (100%)"),
+        ("replicas: 50%", "5", "there are only 4 replicas"),
+        ("replicas: 50%", "24%", "of 4 replicas that is none"),
+    ] {
+        let plan = plan(limits, replicas)?;
+        for command in ["check", "run"] {
+            let (code, text) = squall(&[command, &plan])?;
+            ensure!(code == Some(2) && text.contains(why), "{limits}: {command}: {code:?}\n{text}");
+        }
+        ensure!(kubelet.hurt()?.is_empty());
+    }
+
+    // What a check shows is who a run hurts.
+    let plan = plan("replicas: 50%, pods: 50%, zone: 100%", "50%")?;
+    let (code, checked) = squall(&["check", &plan])?;
+    ensure!(code == Some(0) && checked.contains("chosen  2 of 4 replicas by seed 3"), "{code:?}\n{checked}");
+    let (_, text) = squall(&["run", &plan])?;
+    let run = fs::read_dir(&runs)?.map(|run| Ok(run?.path())).collect::<Result<Vec<_>>>()?;
+    let newest = run.iter().max_by_key(|run| fs::metadata(run).and_then(|m| m.modified()).ok());
+    let events = fs::read_to_string(newest.context("no run")?.join("events.jsonl"))?;
+    ensure!(events.contains("chosen 2 of 4 replicas by seed 3: "), "{events}\n{text}");
+    let injected: Vec<&str> = events.lines().filter(|line| line.contains("\"event\":\"injected\"")).collect();
+    for (process, _, _) in &kubelet.containers {
+        let name = format!("replica pid {}", process.pid());
+        let by_cpu = |text: &str| text.contains(&format!("{name}  by "));
+        let was = injected.iter().any(|line| line.contains(&format!("{name}\"")));
+        ensure!(was == by_cpu(&checked), "{name}:\n{checked}\n{injected:#?}");
+    }
+    ensure!(!injected.is_empty() && kubelet.hurt()?.is_empty(), "{events}");
+
+    // Of an agent without a zone it is not known what share of one it is.
+    drop(agent);
+    let agent = Agent::start(AgentOptions { args: &args[..2], ..AgentOptions::default() }).await?;
+    let here = format!("unix://{}", agent.socket().display());
+    let output = Command::new(bin_dir().join("squall")).args(["check", &plan, "--agents", &here]).output()?;
+    let text = said(&output);
+    ensure!(
+        output.status.code() == Some(2) && text.contains("start the agents there with --zone NAME"),
+        "{text}"
+    );
+    Ok(())
 }

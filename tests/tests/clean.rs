@@ -86,6 +86,7 @@ async fn inject(agent: &Agent, id: &str, target: Target, kind: fault::Kind) -> R
         duration_ns: 600_000_000_000,
         lease_ns: 120_000_000_000,
         dry_run: false,
+        only: Vec::new(),
     };
     let injections = agent.client().await?.inject(request).await?.into_inner().injections;
     ensure!(injections.len() == 1 && injections[0].state() == State::Active, "{injections:?}");

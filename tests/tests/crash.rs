@@ -211,6 +211,7 @@ impl Scenario {
             duration_ns: DURATION.as_nanos() as u64,
             lease_ns: lease.as_nanos() as u64,
             dry_run: false,
+            only: Vec::new(),
         };
         let injected = one(client.inject(request).await?.into_inner().injections)?;
         if injected.state() == State::Failed {
@@ -265,8 +266,12 @@ impl Sweep {
     async fn new() -> Result<Self> {
         let (world, orders) = (World::new()?, Orders::new()?);
         orders.give("")?;
-        let agent =
-            Agent::start(AgentOptions { crash: Some(orders.0.path()), ..AgentOptions::default() }).await?;
+        let agent = Agent::start(AgentOptions {
+            crash: Some(orders.0.path()),
+            args: &["--upgrade", "take-over"],
+            ..AgentOptions::default()
+        })
+        .await?;
         Ok(Self { world, orders, agent, lease: Duration::from_mins(1), tally: Tally::default() })
     }
 
@@ -356,6 +361,85 @@ impl Sweep {
             // Two kills.
             self.tally.done += 1;
             self.note(&at, "replay");
+        }
+        Ok(())
+    }
+
+    /// Injects for an upgrade: nothing of it is renewed or changed.
+    async fn inject(&self, scenario: &Scenario) -> Result<()> {
+        let request = ArmRequest {
+            id: unique("injection"),
+            target: Some(scenario.target.clone()),
+            fault: Some(Fault { kind: Some(scenario.fault.clone()) }),
+            duration_ns: DURATION.as_nanos() as u64,
+            lease_ns: Duration::from_mins(5).as_nanos() as u64,
+            dry_run: false,
+            only: Vec::new(),
+        };
+        let injected = one(self.agent.client().await?.inject(request).await?.into_inner().injections)?;
+        ensure!(injected.state() == State::Active, "{injected:?}\n{}", self.agent.log());
+        Ok(())
+    }
+
+    /// Reverts what was resumed, and everything is as before; what is more, nothing is there to be resumed.
+    async fn revert_all(&mut self, at: &Passing) -> Result<()> {
+        let request = RevertRequest { ids: vec![], all: true };
+        self.agent.client().await?.revert(request).await?;
+        self.world.is_restored(&self.agent).with_context(|| format!("after a kill at {at:?}"))?;
+        let left = files(&self.agent.state_dir().join("resume"))?;
+        ensure!(left.is_empty(), "{left:?} after a kill at {at:?}");
+        Ok(())
+    }
+
+    /// Kills the old agent at every passing of its end, and the new one at every passing of its start.
+    async fn upgrade(&mut self, scenario: &Scenario) -> Result<()> {
+        let none = Passing { name: String::new(), n: 0, step: false };
+        self.inject(scenario).await?;
+        self.orders.give("")?;
+        self.agent.terminate()?;
+        let old = self.orders.passed()?;
+        self.orders.give("")?;
+        self.agent.restart().await?;
+        let new = self.orders.passed()?;
+        let live = self.agent.client().await?.list(ListRequest {}).await?.into_inner().injections;
+        ensure!(
+            live.iter().any(|i| i.state() == State::Active),
+            "not resumed: {live:?}\n{}",
+            self.agent.log()
+        );
+        self.revert_all(&none).await?;
+        for at in old {
+            if !self.is_due(&at, "upgrade") {
+                continue;
+            }
+            self.inject(scenario).await?;
+            self.orders.kill(&at)?;
+            if self.agent.terminate()?.success() {
+                self.tally.missed.push(format!("{}: {} {} before an upgrade", scenario.name, at.name, at.n));
+            } else {
+                self.note(&at, "upgrade");
+            }
+            self.orders.give("")?;
+            self.agent.restart().await?;
+            self.revert_all(&at).await?;
+        }
+        for at in new {
+            if !self.is_due(&at, "take-over") {
+                continue;
+            }
+            self.inject(scenario).await?;
+            self.orders.give("")?;
+            self.agent.terminate()?;
+            self.orders.kill(&at)?;
+            if self.agent.restart_to_die().await?.is_none() {
+                self.tally.missed.push(format!("{}: {} {} in an upgrade", scenario.name, at.name, at.n));
+            } else {
+                self.orders.give("")?;
+                self.agent.restart().await?;
+                self.note(&at, "take-over");
+            }
+            self.orders.give("")?;
+            self.revert_all(&at).await?;
         }
         Ok(())
     }
@@ -474,6 +558,7 @@ async fn sigkill_at_every_crash_point_leaves_nothing() -> Result<()> {
         let (before, started) = (sweep.tally.done, Instant::now());
         sweep.scenario(&scenario).await.with_context(|| scenario.name.to_owned())?;
         sweep.replay(&scenario).await.with_context(|| format!("{}, replayed", scenario.name))?;
+        sweep.upgrade(&scenario).await.with_context(|| format!("{}, at an upgrade", scenario.name))?;
         println!("{}: {} kills in {:.1?}", scenario.name, sweep.tally.done - before, started.elapsed());
     }
     sweep.start().await.context("at the start")?;

@@ -104,6 +104,7 @@ fn network(id: &str, fault: NetworkFault) -> ArmRequest {
         duration_ns: 120 * SECOND,
         lease_ns: 120 * SECOND,
         dry_run: false,
+        only: Vec::new(),
     }
 }
 
@@ -435,7 +436,11 @@ async fn what_is_too_much_or_said_twice_changes_nothing() -> Result<()> {
     let ids = vec!["x".to_owned(); 2000];
     refused("2000 ids", client.revert(RevertRequest { ids, all: false }).await, Code::InvalidArgument)?;
     let targets = vec![interface("near0", ""); 65];
-    refused("65 targets", client.describe(DescribeRequest { targets }).await, Code::InvalidArgument)?;
+    refused(
+        "65 targets",
+        client.describe(DescribeRequest { targets, fault: None }).await,
+        Code::InvalidArgument,
+    )?;
     node.is_untouched()?;
 
     let first = inject(&mut client, network("once", harmless())).await?;
@@ -551,7 +556,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
         let exe = ProcessSelector { exe: "squall-none".to_owned(), ..ProcessSelector::default() };
         let targets = vec![Target { kind: Some(target::Kind::Process(exe)) }; 64];
         loop {
-            match client.describe(DescribeRequest { targets: targets.clone() }).await {
+            match client.describe(DescribeRequest { targets: targets.clone(), fault: None }).await {
                 Ok(_) => {}
                 // All of them run on the machine that they are about.
                 Err(status) if status.code() == Code::ResourceExhausted => {

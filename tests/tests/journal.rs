@@ -63,6 +63,7 @@ impl Place {
             duration_ns: 600_000_000_000,
             lease_ns: 120_000_000_000,
             dry_run: false,
+            only: Vec::new(),
         };
         let made = self.agent.client().await?.inject(request).await?.into_inner().injections;
         let [injection] = <[Injection; 1]>::try_from(made).ok().context("not one injection")?;

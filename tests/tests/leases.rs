@@ -28,6 +28,7 @@ async fn inject(agent: &Agent, target: Target, kind: fault::Kind) -> Result<[Ins
         duration_ns: 600_000_000_000,
         lease_ns: LEASE.as_nanos() as u64,
         dry_run: false,
+        only: Vec::new(),
     };
     let made = agent.client().await?.inject(request).await?.into_inner().injections;
     ensure!(made.len() == 1 && made[0].state() == State::Active, "{made:?}");

@@ -53,6 +53,7 @@ impl Bench {
             duration_ns,
             lease_ns,
             dry_run: false,
+            only: Vec::new(),
         };
         let made = self.client.inject(request).await?.into_inner().injections;
         let [injection] = <[Injection; 1]>::try_from(made).ok().context("not one injection")?;

@@ -87,6 +87,7 @@ async fn inject(agent: &Agent, id: &str, pid: u32, fault: Fault) -> Result<Injec
         duration_ns: 300_000_000_000,
         lease_ns: 120_000_000_000,
         dry_run: false,
+        only: Vec::new(),
     };
     let mut client = agent.client().await.map_err(|e| tonic::Status::internal(e.to_string()))?;
     let injected = client.inject(request).await?.into_inner().injections.pop();

@@ -331,6 +331,7 @@ async fn inject(agent: &Agent, case: &impl Case) -> Result<()> {
         duration_ns: DURATION.as_nanos() as u64,
         lease_ns: LEASE.as_nanos() as u64,
         dry_run: false,
+        only: Vec::new(),
     };
     let injections = agent.client().await?.inject(request).await?.into_inner().injections;
     ensure!(injections.len() == 1, "one injection was asked for: {injections:?}");

@@ -298,6 +298,7 @@ impl World {
             duration_ns: DURATION.as_nanos() as u64,
             lease_ns: lease.as_nanos() as u64,
             dry_run: false,
+            only: Vec::new(),
         };
         let sent = Instant::now();
         let made =

@@ -60,6 +60,7 @@ impl Stage {
             duration_ns: Duration::from_mins(5).as_nanos() as u64,
             lease_ns: Duration::from_mins(4).as_nanos() as u64,
             dry_run: false,
+            only: Vec::new(),
         }
     }
 

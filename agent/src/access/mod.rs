@@ -1,6 +1,7 @@
 //! Who gets in, and what he may do there.
 //!
-//! A connection has a caller, by his certificate or his uid ([`mod@listen`]); every call of it goes through one door
+//! A connection has a caller, by his certificate or his uid ([`mod@listen`]), who may show a token of a service account with a
+//! call ([`tokens`]); every call of it goes through one door
 //! ([`layer`]), which asks the policy for his role; what he injects is held against the limits of his rule
 //! ([`policy`]); and what he did, or was not let do, is written down ([`audit`]).
 
@@ -11,6 +12,7 @@ pub mod live;
 pub mod policy;
 pub mod quota;
 pub mod tls;
+pub mod tokens;
 
 use std::{
     net::SocketAddr,
@@ -26,6 +28,7 @@ use self::{
     listen::{Connections, Security, remote},
     live::Live,
     policy::Policy,
+    tokens::Tokens,
 };
 
 /// Who gets in, from the command line.
@@ -57,12 +60,16 @@ pub struct Options {
     /// Group that may connect to --socket, by its number; the policy says what its members may do
     #[arg(long, value_name = "GID", requires = "policy")]
     pub socket_group: Option<u32>,
+    #[command(flatten)]
+    tokens: tokens::Options,
 }
 
 /// What the door needs to know.
 #[derive(Debug, Clone)]
 pub struct Access {
     policy: Arc<Live<Policy>>,
+    /// Where tokens are taken.
+    tokens: Option<Arc<Tokens>>,
     /// The log.
     pub audit: Audit,
 }
@@ -76,7 +83,7 @@ impl Access {
             }
             None => Live::fixed(Policy::default()),
         };
-        Ok(Self { policy, audit: Audit::start(state_dir)? })
+        Ok(Self { policy, tokens: Tokens::new(&options.tokens)?, audit: Audit::start(state_dir)? })
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 
+use super::tokens::is_account;
 use crate::{
     limits::Invalid,
     target::{Netns, Scope, Target},
@@ -97,11 +98,13 @@ impl TryFrom<String> for Subject {
             "dns" | "cn" => !name.is_empty(),
             "uid" => name.parse::<u32>().is_ok(),
             "loopback" => name.is_empty(),
+            "serviceaccount" => is_account(name),
             _ => name.len() > 2 && name.starts_with("//"),
         };
         if !known {
             return Err(format!(
-                "who: {text}: nobody has such a name; write spiffe://DOMAIN/PATH, dns:NAME, cn:NAME, uid:NUMBER or loopback"
+                "who: {text}: nobody has such a name; write spiffe://DOMAIN/PATH, dns:NAME, cn:NAME, \
+                 serviceaccount:NAMESPACE:NAME, uid:NUMBER or loopback"
             ));
         }
         if text.trim_end_matches("/*").contains('*') || text.contains('*') && !name.starts_with("//") {
@@ -190,11 +193,7 @@ impl TryFrom<PlaceTerms> for Place {
 
 impl Place {
     fn holds(&self, target: &Target, scope: Scope) -> bool {
-        let own = target.netns.as_ref().is_some_and(|netns| netns.own);
-        // The packets of everybody on the node's network are more than those of one process or cgroup there.
-        let everybody =
-            own && (scope == Scope::Network || scope == Scope::Sockets && target.process.is_none());
-        let named = !everybody || matches!(self.netns, Some(Namespace::Own));
+        let named = !target.is_everybody(scope) || matches!(self.netns, Some(Namespace::Own));
         named
             && self.exe.as_ref().is_none_or(|exe| runs(target, exe))
             && self.cgroup.as_ref().is_none_or(|dir| below(target, dir))
@@ -357,6 +356,7 @@ rules:
     mostInjections: 2
   - { who: dns:ops.example, role: admin }
   - { who: uid:1000, role: revert }
+  - { who: 'serviceaccount:ci:deployer', role: inject }
 ";
 
     fn grant(names: &[&str]) -> Option<Grant> {
@@ -375,6 +375,7 @@ rules:
         assert_eq!(role("dns:ops.example"), Some(Role::Admin));
         assert_eq!(role("uid:1000"), Some(Role::Revert));
         assert_eq!(role("uid:0"), Some(Role::Admin));
+        assert_eq!(role("serviceaccount:ci:deployer"), Some(Role::Inject));
         for nobody in [
             "spiffe://squall/ci/",
             "spiffe://squall/ci",
@@ -382,6 +383,7 @@ rules:
             "cn:ops.example",
             "uid:10000",
             "loopback",
+            "serviceaccount:ci:deployer-2",
         ] {
             assert_eq!(role(nobody), None, "{nobody}");
         }
@@ -413,6 +415,13 @@ rules:
             netns: Some(Netns { path: "/run/netns/none".into(), inode: 1, own }),
             interface: interface.map(str::to_owned),
         }
+    }
+
+    #[test]
+    fn the_example_is_a_policy() {
+        let policy = Policy::parse(include_str!("../../../deploy/policy.yaml")).unwrap();
+        let gate = policy.grant(&["serviceaccount:ci:release-gate".to_owned()]).unwrap();
+        assert_eq!((gate.role, gate.is_counted()), (Role::Inject, true));
     }
 
     #[test]
@@ -457,6 +466,8 @@ rules:
     #[case("who: spiffe://a/*", "who: somebody", "who: somebody")]
     #[case("who: spiffe://a/*", "who: spiffe://*/x", "a * may only")]
     #[case("who: spiffe://a/*", "who: 'dns:*'", "a * may only")]
+    #[case("who: spiffe://a/*", "who: 'serviceaccount:ci'", "serviceaccount:NAMESPACE:NAME")]
+    #[case("who: spiffe://a/*", "who: 'serviceaccount:ci:*'", "serviceaccount:NAMESPACE:NAME")]
     #[case("longest: 5m", "longest: 5", "longest: 5")]
     #[case("faults: [cpu]", "faults: [weather]", "choose of network")]
     #[case("{ exe: x }", "{ interface: x }", "neither exe nor cgroup nor netns")]

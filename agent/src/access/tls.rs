@@ -56,7 +56,8 @@ pub fn server(certificate: &[u8], key: &[u8], client_ca: &[u8]) -> Result<Server
     Ok(config)
 }
 
-fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>> {
+/// The certificates of a PEM file; there is at least one.
+pub fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>> {
     let all: Vec<_> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>()?;
     if all.is_empty() {
         bail!("no certificate in PEM");

@@ -58,6 +58,9 @@ pub trait Fault: Sized + Send + Sync + 'static {
     /// One line for people: `delay 2s ±300ms, loss 5% to 10.0.0.7/32:6379/tcp, both ways`.
     fn summary(&self) -> String;
 
+    /// Has [`Fault::plan`] draw nothing, but take this seed, unless the message has one. For faults that decide by chance.
+    fn draw_from(&mut self, _seed: u64) {}
+
     /// Reads the host and says what has to be undone. Changes nothing.
     fn plan(&self, target: &Target) -> impl Future<Output = Result<Planned<Self::Undo>>> + Send;
 

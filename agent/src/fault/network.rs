@@ -288,6 +288,12 @@ impl Fault for Network {
         self.words()
     }
 
+    fn draw_from(&mut self, seed: u64) {
+        if self.action.seed == 0 {
+            self.action.seed = seed;
+        }
+    }
+
     async fn plan(&self, target: &Target) -> Result<Planned<Undo>> {
         let support = support().await?;
         let (fault, target) = (self.clone(), target.clone());

@@ -24,8 +24,9 @@ macro_rules! faults {
         impl AnyFault {
             /// Parses a fault of any kind.
             pub fn parse(proto: v1::Fault) -> Result<Self, Invalid> {
+                let message = proto.clone();
                 match proto.kind {
-                    $(Some(v1::fault::Kind::$message(message)) => <$fault>::parse(message).map(Self::of),)*
+                    $(Some(v1::fault::Kind::$message(fault)) => <$fault>::parse(fault).map(|fault| Self::of(fault, message)),)*
                     None => {
                         let kinds: Vec<_> = KINDS.iter().map(|k| k.name).collect();
                         Err(Invalid::new("fault", "", "no kind is given", format!("give one of {}", kinds.join(", "))))
@@ -100,45 +101,58 @@ impl<T: serde::de::DeserializeOwned> DeserializeValue for T {
 }
 
 /// A fault of any kind.
-pub struct AnyFault(Box<dyn Erased>);
+pub struct AnyFault {
+    fault: Box<dyn Erased>,
+    message: v1::Fault,
+}
 
 /// What any injected fault holds.
 pub struct AnyHeld(Box<dyn ErasedHeld>);
 
 impl AnyFault {
-    /// Erases the type of a fault.
-    pub fn of(fault: impl Fault) -> Self {
-        Self(Box::new(fault))
+    /// Erases the type of a fault, which was made from a message.
+    pub fn of(fault: impl Fault, message: v1::Fault) -> Self {
+        Self { fault: Box::new(fault), message }
+    }
+
+    /// What it was made from.
+    pub fn message(&self) -> &v1::Fault {
+        &self.message
+    }
+
+    /// [`Fault::draw_from`].
+    pub fn draw_from(&mut self, seed: u64) {
+        self.fault.draw_from(seed);
     }
 
     /// [`Fault::KIND`].
     pub fn kind(&self) -> Kind {
-        self.0.kind()
+        self.fault.kind()
     }
 
     /// [`Fault::scope`].
     pub fn scope(&self) -> Scope {
-        self.0.scope()
+        self.fault.scope()
     }
 
     /// [`Fault::summary`].
     pub fn summary(&self) -> String {
-        self.0.summary()
+        self.fault.summary()
     }
 
     /// [`Fault::check`].
     pub fn check(&self, target: &Target, limits: &Limits) -> Result<(), Invalid> {
-        self.0.check(target, limits)
+        self.fault.check(target, limits)
     }
 
     /// [`Fault::plan`].
     pub async fn plan(&self, target: &Target) -> Result<Planned<Value>> {
-        self.0.plan(target).await
+        self.fault.plan(target).await
     }
 
     /// [`Fault::inject`].
     pub async fn inject(&self, target: &Target, undo: &Value, window: Window) -> Result<AnyHeld> {
-        self.0.inject(target, undo, window).await
+        self.fault.inject(target, undo, window).await
     }
 }
 
@@ -163,6 +177,7 @@ trait Erased: Send + Sync {
     fn kind(&self) -> Kind;
     fn scope(&self) -> Scope;
     fn summary(&self) -> String;
+    fn draw_from(&mut self, seed: u64);
     fn check(&self, target: &Target, limits: &Limits) -> Result<(), Invalid>;
     fn plan<'a>(&'a self, target: &'a Target) -> BoxFuture<'a, Result<Planned<Value>>>;
     fn inject<'a>(
@@ -185,6 +200,10 @@ impl<F: Fault> Erased for F {
 
     fn summary(&self) -> String {
         self.summary()
+    }
+
+    fn draw_from(&mut self, seed: u64) {
+        self.draw_from(seed);
     }
 
     fn check(&self, target: &Target, limits: &Limits) -> Result<(), Invalid> {
@@ -227,7 +246,7 @@ struct HeldOf<F: Fault>(F::Held);
 impl<F: Fault> ErasedHeld for HeldOf<F> {
     fn update<'a>(&'a mut self, fault: &'a AnyFault) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
-            let Some(same) = fault.0.as_any().downcast_ref::<F>() else {
+            let Some(same) = fault.fault.as_any().downcast_ref::<F>() else {
                 bail!(
                     "a {} fault cannot become a {} fault; revert it and inject the other",
                     F::KIND,

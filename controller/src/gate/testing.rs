@@ -84,8 +84,12 @@ impl Lab {
             (HISTOGRAM, scrape("duration_seconds")),
             ("threads", Probe::Agent { target: TARGET.into(), measure: Measure::Threads }),
         ];
-        let fault =
-            || Fault { on: TARGET.into(), proto: squall_proto::v1::Fault::default(), summary: "cut".into() };
+        let fault = || Fault {
+            on: TARGET.into(),
+            replicas: None,
+            proto: squall_proto::v1::Fault::default(),
+            summary: "cut".into(),
+        };
         let round = |i| Round {
             name: format!("round-{i}"),
             baseline: Duration::from_secs(baseline),

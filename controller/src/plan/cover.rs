@@ -17,6 +17,8 @@ pub(crate) fn warnings(plan: &Plan, round: usize) -> Vec<Vec<String>> {
         let earlier = faults[..n].iter().filter(|earlier| same(plan, &earlier.on, &fault.on));
         for earlier in earlier {
             if let Some(Kind::Network(first)) = &earlier.proto.kind
+                // A fault on some of the replicas leaves packets of the others.
+                && (earlier.replicas.is_none() || earlier.replicas == fault.replicas)
                 && covers(first, network)
             {
                 warnings.push(format!(

@@ -6,13 +6,19 @@ use std::{
 };
 
 use super::fault::{percent, time};
-use crate::{fold::Run, report::figure::several};
+use crate::{fold::Run, replicas::at_most, report::figure::several};
 
 /// The limits of a plan.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Limits {
     /// Largest share of the nodes on which a round touches one target, 0 to 1.
     pub nodes: Option<f64>,
+    /// Largest share of the nodes of any one zone on which a round touches anything, 0 to 1.
+    pub zone: Option<f64>,
+    /// Largest share of one target's replicas that a round touches, over all agents, 0 to 1.
+    pub replicas: Option<f64>,
+    /// Largest share of the pods of any one node that a round touches, 0 to 1.
+    pub pods: Option<f64>,
     /// Most injections of a round.
     pub injections: Option<usize>,
     /// When a run has to end at once.
@@ -30,49 +36,126 @@ pub(crate) struct Abort {
     pub window: Duration,
 }
 
+/// What one injection of a round touches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Touched {
+    /// Name of the target.
+    pub target: String,
+    /// The node's place in the list of agents.
+    pub node: usize,
+    /// Which replica of the target, told from the others of that node.
+    pub replica: String,
+    /// How many replicas the target has, over all agents.
+    pub replicas: usize,
+    /// UIDs of the pods that are hurt.
+    pub pods: Vec<String>,
+    /// How many pods the node has.
+    pub pods_there: usize,
+}
+
+/// A limit that a round is beyond.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Beyond {
+    /// The limit: `limits.nodes`.
+    pub field: &'static str,
+    /// What is wrong.
+    pub problem: String,
+    /// What to do.
+    pub fix: &'static str,
+}
+
+/// How much more than this share it is, if it is.
+fn more(share: f64, touched: usize, all: usize, what: &str) -> Option<String> {
+    let allowed = at_most(share, all);
+    (touched > allowed).then(|| {
+        let there = percent(touched as f64 / all as f64);
+        let (all, most) = (several(all, what), percent(share));
+        format!("{touched} of {all} at once ({there}), and {most} may be, which is {allowed}")
+    })
+}
+
+fn by<K: Ord>(touched: &[Touched], key: impl Fn(&Touched) -> &K) -> BTreeMap<&K, Vec<&Touched>> {
+    let mut groups: BTreeMap<&K, Vec<&Touched>> = BTreeMap::new();
+    for one in touched {
+        groups.entry(key(one)).or_default().push(one);
+    }
+    groups
+}
+
 impl Limits {
-    /// Which limit a round is beyond: its field, and what is wrong. `touched` names the target and the node's place in the
-    /// list of `nodes` for each injection.
-    pub(crate) fn beyond<'a>(
-        &self,
-        touched: impl IntoIterator<Item = (&'a str, usize)>,
-        nodes: usize,
-    ) -> Option<(&'static str, String)> {
-        let mut on: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
-        let mut count = 0;
-        for (target, node) in touched {
-            on.entry(target).or_default().insert(node);
-            count += 1;
+    /// Which limit a round is beyond. `nodes` are the agents' nodes, each with its zone.
+    pub(crate) fn beyond(&self, touched: &[Touched], nodes: &[(&str, &str)]) -> Option<Beyond> {
+        const FIX: &str = "name more agents, choose a narrower target, or agree on more";
+        let beyond = |field, problem| Some(Beyond { field, problem, fix: FIX });
+        let count = touched.len();
+        if let Some(most) = self.injections.filter(|most| count > *most) {
+            let problem = format!("{} at once, and {most} may be", several(count, "injection"));
+            return beyond("limits.injections", problem);
         }
-        if let Some(most) = self.injections
-            && count > most
-        {
-            return Some((
-                "limits.injections",
-                format!("{} at once, and {most} may be", several(count, "injection")),
-            ));
+        if let Some(share) = self.nodes {
+            for (target, touched) in by(touched, |t| &t.target) {
+                let on: BTreeSet<_> = touched.iter().map(|t| t.node).collect();
+                if let Some(text) = more(share, on.len(), nodes.len(), "node") {
+                    return beyond("limits.nodes", format!("`{target}` would be hurt on {text}"));
+                }
+            }
         }
-        let most = self.nodes?;
-        // As shares are written, so that 50% of 4 nodes are 2 and no rounding makes them 1.
-        let allowed = (nodes as f64 * most + 1e-9).floor() as usize;
-        on.into_iter().find(|(_, on)| on.len() > allowed).map(|(target, on)| {
-            let share = percent(on.len() as f64 / nodes as f64);
-            let text = format!(
-                "`{target}` would be hurt on {} of {} at once ({share}), and {} may be, which is {allowed}",
-                on.len(),
-                several(nodes, "node"),
-                percent(most)
-            );
-            ("limits.nodes", text)
-        })
+        if let Some(share) = self.zone {
+            let nameless: Vec<_> =
+                nodes.iter().filter(|(_, zone)| zone.is_empty()).map(|(n, _)| *n).collect();
+            if !nameless.is_empty() {
+                return Some(Beyond {
+                    field: "limits.zone",
+                    problem: format!("it is not known which zone is that of {}", nameless.join(", ")),
+                    fix: "start the agents there with --zone NAME, or leave this limit out",
+                });
+            }
+            for zone in nodes.iter().map(|(_, zone)| *zone).collect::<BTreeSet<_>>() {
+                let of = nodes.iter().filter(|(_, other)| *other == zone).count();
+                let on: BTreeSet<_> =
+                    touched.iter().map(|t| t.node).filter(|n| nodes[*n].1 == zone).collect();
+                if let Some(text) = more(share, on.len(), of, "node") {
+                    return beyond("limits.zone", format!("in the zone {zone} would be hurt {text}"));
+                }
+            }
+        }
+        if let Some(share) = self.replicas {
+            for (target, touched) in by(touched, |t| &t.target) {
+                // Faults that take hold of different things may count differently; the smallest number is sure not to hide any.
+                let of = touched.iter().map(|t| t.replicas).min().unwrap_or_default();
+                let taken: BTreeSet<_> = touched.iter().map(|t| (t.node, &t.replica)).collect();
+                if let Some(text) = more(share, taken.len().min(of), of, "replica") {
+                    return Some(Beyond {
+                        field: "limits.replicas",
+                        problem: format!("of `{target}` would be hurt {text}"),
+                        fix: "take fewer with `replicas` in the fault, or agree on more",
+                    });
+                }
+            }
+        }
+        if let Some(share) = self.pods {
+            for (node, touched) in by(touched, |t| &t.node) {
+                let of = touched.iter().map(|t| t.pods_there).min().unwrap_or_default();
+                let hurt: BTreeSet<_> = touched.iter().flat_map(|t| &t.pods).collect();
+                if let Some(text) = more(share, hurt.len(), of, "pod") {
+                    return beyond("limits.pods", format!("on {} would be hurt {text}", nodes[*node].0));
+                }
+            }
+        }
+        None
     }
 
     /// One line for people; none where nothing is limited.
     pub(crate) fn line(&self) -> Option<String> {
         let nodes = self.nodes.map(|share| format!("{} of the nodes for each target", percent(share)));
+        let zone = self.zone.map(|share| format!("{} of the nodes of a zone", percent(share)));
+        let replicas =
+            self.replicas.map(|share| format!("{} of the replicas of each target", percent(share)));
+        let pods = self.pods.map(|share| format!("{} of the pods of a node", percent(share)));
         let injections = self.injections.map(|most| several(most, "injection"));
         let abort = self.abort.as_ref().map(Abort::line);
-        let all: Vec<String> = nodes.into_iter().chain(injections).chain(abort).collect();
+        let all: Vec<String> =
+            [nodes, zone, replicas, pods, injections, abort].into_iter().flatten().collect();
         (!all.is_empty()).then(|| all.join(", "))
     }
 }
@@ -113,26 +196,98 @@ mod tests {
         fold::Probe,
     };
 
+    /// Of a target with one replica on each node, and no pods.
+    fn touched(all: &[(&str, usize)]) -> Vec<Touched> {
+        let one = |(target, node): &(&str, usize)| Touched {
+            target: (*target).to_owned(),
+            node: *node,
+            replica: "process 7".to_owned(),
+            replicas: 4,
+            pods: vec![],
+            pods_there: 0,
+        };
+        all.iter().map(one).collect()
+    }
+
+    const ZONES: [(&str, &str); 4] = [("a", "north"), ("b", "north"), ("c", "south"), ("d", "south")];
+
+    fn limits(text: &str) -> Limits {
+        let mut limits = Limits::default();
+        for (name, value) in text.split(", ").filter_map(|term| term.split_once(": ")) {
+            let share = value.strip_suffix('%').map(|percent| percent.parse::<f64>().unwrap() / 100.0);
+            match name {
+                "nodes" => limits.nodes = share,
+                "zone" => limits.zone = share,
+                "replicas" => limits.replicas = share,
+                "pods" => limits.pods = share,
+                _ => limits.injections = Some(value.parse().unwrap()),
+            }
+        }
+        limits
+    }
+
     #[rstest]
-    #[case::half_of_four(Some(0.5), None, &[("web", 0), ("web", 1)], 4, None)]
-    #[case::twice_on_a_node(Some(0.5), None, &[("web", 0), ("web", 0), ("web", 1)], 4, None)]
-    #[case::of_each_target(Some(0.5), None, &[("web", 0), ("web", 1), ("db", 2), ("db", 3)], 4, None)]
-    #[case::three_of_four(Some(0.5), None, &[("web", 0), ("web", 1), ("web", 2)], 4, Some("limits.nodes"))]
-    #[case::the_only_node(Some(0.5), None, &[("web", 0)], 1, Some("limits.nodes"))]
-    #[case::a_third(Some(1.0 / 3.0), None, &[("web", 0)], 3, None)]
-    #[case::too_many(None, Some(2), &[("web", 0), ("web", 0), ("db", 1)], 4, Some("limits.injections"))]
-    #[case::as_many(None, Some(3), &[("web", 0), ("web", 0), ("db", 1)], 4, None)]
-    #[case::no_limits(None, None, &[("web", 0)], 1, None)]
+    #[case::half_of_four("nodes: 50%", &[("web", 0), ("web", 1)], 4, None)]
+    #[case::twice_on_a_node("nodes: 50%", &[("web", 0), ("web", 0), ("web", 1)], 4, None)]
+    #[case::of_each_target("nodes: 50%", &[("web", 0), ("web", 1), ("db", 2), ("db", 3)], 4, None)]
+    #[case::three_of_four("nodes: 50%", &[("web", 0), ("web", 1), ("web", 2)], 4, Some("limits.nodes"))]
+    #[case::the_only_node("nodes: 50%", &[("web", 0)], 1, Some("limits.nodes"))]
+    #[case::a_third("nodes: 33.333333333333336%", &[("web", 0)], 3, None)]
+    #[case::too_many("injections: 2", &[("web", 0), ("web", 0), ("db", 1)], 4, Some("limits.injections"))]
+    #[case::as_many("injections: 3", &[("web", 0), ("web", 0), ("db", 1)], 4, None)]
+    #[case::no_limits("", &[("web", 0)], 1, None)]
+    #[case::one_of_each_zone("zone: 50%", &[("web", 0), ("web", 2)], 4, None)]
+    #[case::all_of_a_zone("zone: 50%", &[("web", 0), ("web", 1)], 4, Some("limits.zone"))]
+    #[case::a_zone_by_two_targets("zone: 50%", &[("web", 2), ("db", 3)], 4, Some("limits.zone"))]
+    #[case::a_zone_of_one("zone: 50%", &[("web", 2)], 3, Some("limits.zone"))]
+    #[case::half_of_the_replicas("replicas: 50%", &[("web", 0), ("web", 1)], 4, None)]
+    #[case::a_replica_twice("replicas: 25%", &[("web", 0), ("web", 0)], 4, None)]
+    #[case::too_many_replicas("replicas: 50%", &[("web", 0), ("web", 1), ("web", 2)], 4, Some("limits.replicas"))]
+    #[case::replicas_of_each_target("replicas: 25%", &[("web", 0), ("db", 1)], 4, None)]
     fn no_more_is_touched_than_agreed(
-        #[case] share: Option<f64>,
-        #[case] injections: Option<usize>,
-        #[case] touched: &[(&str, usize)],
+        #[case] agreed: &str,
+        #[case] all: &[(&str, usize)],
         #[case] nodes: usize,
         #[case] beyond: Option<&str>,
     ) {
-        let limits = Limits { nodes: share, injections, abort: None };
-        let found = limits.beyond(touched.iter().copied(), nodes);
-        assert_eq!(found.as_ref().map(|(field, _)| *field), beyond, "{found:?}");
+        let found = limits(agreed).beyond(&touched(all), &ZONES[..nodes]);
+        assert_eq!(found.as_ref().map(|beyond| beyond.field), beyond, "{found:?}");
+    }
+
+    #[test]
+    fn what_is_beyond_a_limit_is_told() {
+        let told = |agreed: &str, touched: &[Touched], nodes: &[(&str, &str)]| {
+            let Beyond { field, problem, fix } = limits(agreed).beyond(touched, nodes).expect("beyond it");
+            format!("{field}: {problem}; {fix}")
+        };
+        let two = touched(&[("web", 0), ("web", 1)]);
+        let few = |replicas| two.iter().map(|t| Touched { replicas, ..t.clone() }).collect::<Vec<_>>();
+        let pods = |t: &Touched, pods: &[&str]| Touched {
+            pods: pods.iter().map(|&pod| pod.to_owned()).collect(),
+            pods_there: 4,
+            ..t.clone()
+        };
+        let pods = [pods(&two[0], &["a", "b"]), pods(&two[0], &["b", "c"]), pods(&two[1], &["d", "e"])];
+        let all = [
+            told("nodes: 25%", &two, &ZONES),
+            told("zone: 50%", &two, &ZONES),
+            told("zone: 50%", &two, &[("a", "north"), ("b", ""), ("c", "")]),
+            told("replicas: 50%", &few(2), &ZONES),
+            // A fault that takes hold of all at once, and one that does not.
+            told("replicas: 50%", &[few(1).remove(0), few(4).remove(1)], &ZONES),
+            told("pods: 50%", &pods, &ZONES),
+            told("injections: 1", &two, &ZONES),
+        ];
+        assert_eq!(limits("pods: 75%").beyond(&pods, &ZONES), None);
+        insta::assert_snapshot!(all.join("\n"), @r#"
+        limits.nodes: `web` would be hurt on 2 of 4 nodes at once (50%), and 25% may be, which is 1; name more agents, choose a narrower target, or agree on more
+        limits.zone: in the zone north would be hurt 2 of 2 nodes at once (100%), and 50% may be, which is 1; name more agents, choose a narrower target, or agree on more
+        limits.zone: it is not known which zone is that of b, c; start the agents there with --zone NAME, or leave this limit out
+        limits.replicas: of `web` would be hurt 2 of 2 replicas at once (100%), and 50% may be, which is 1; take fewer with `replicas` in the fault, or agree on more
+        limits.replicas: of `web` would be hurt 1 of 1 replica at once (100%), and 50% may be, which is 0; take fewer with `replicas` in the fault, or agree on more
+        limits.pods: on a would be hurt 3 of 4 pods at once (75%), and 50% may be, which is 2; name more agents, choose a narrower target, or agree on more
+        limits.injections: 2 injections at once, and 1 may be; name more agents, choose a narrower target, or agree on more
+        "#);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use clap::{ValueEnum, builder::PossibleValue};
 
-use crate::outline;
+use crate::{outline, replicas::Take};
 
 use super::{
     Abort, Expect, Fault, Gate, JsonCheck, JsonPath, JsonStep, Limits, Load, Measure, OnFail, Plan, Probe,
@@ -94,8 +94,12 @@ fn decision(at: &At<'_>) -> Option<OnFail> {
 }
 
 fn limits(at: &At<'_>, names: &Names) -> Option<Limits> {
-    let mut fields = at.fields("{ nodes: 50%, injections: 4, abort: { probe: …, errors: 20%, for: 3s } }")?;
+    let mut fields =
+        at.fields("{ nodes: 50%, replicas: 50%, injections: 4, abort: { probe: …, errors: 20%, for: 3s } }")?;
     let nodes = maybe(&mut fields, "nodes", |at| positive(at, share(at)?));
+    let zone = maybe(&mut fields, "zone", |at| positive(at, share(at)?));
+    let replicas = maybe(&mut fields, "replicas", |at| positive(at, share(at)?));
+    let pods = maybe(&mut fields, "pods", |at| positive(at, share(at)?));
     let injections = maybe(&mut fields, "injections", |at| match at.int("a number of injections")? {
         0 => at.refuse("no round could run", "give at least 1, or leave it out"),
         most => Some(most),
@@ -112,7 +116,14 @@ fn limits(at: &At<'_>, names: &Names) -> Option<Limits> {
         Some(Abort { probe: probe?, errors: errors?, window: window? })
     });
     fields.finish();
-    Some(Limits { nodes: nodes?, injections: injections?, abort: abort? })
+    Some(Limits {
+        nodes: nodes?,
+        zone: zone?,
+        replicas: replicas?,
+        pods: pods?,
+        injections: injections?,
+        abort: abort?,
+    })
 }
 
 /// Entries by name, each read by `read`; one that could not be read stays as none.
@@ -497,16 +508,19 @@ fn fault(at: &At<'_>, names: &Names) -> Option<Fault> {
     let (kind, at) = at.one_of("fault", &["network", "cpu", "memory"])?;
     let mut fields = at.fields("{ on: the name of a target, … }")?;
     let on = fields.require("on", "the name of a target").and_then(|at| local_target(&at, names));
+    let replicas = maybe(&mut fields, "replicas", |at| {
+        unit(at, "a share of the target's replicas, or a number of them: 50%, 1", Take::parse)
+    });
+    let name = on.as_deref().unwrap_or_default();
+    let of = replicas.flatten().map(|take| format!(" (replicas: {take})")).unwrap_or_default();
+    let shown = format!("{name}{of}");
     let read = match kind {
-        "network" => {
-            let on = on.as_deref().unwrap_or_default();
-            network::network(fields, names, on).map(|n| (n.proto(), n.summary(on)))
-        }
-        "cpu" => cpu(fields).map(|c| (c.proto(), c.summary(on.as_deref().unwrap_or_default()))),
-        _ => memory(fields).map(|m| (m.proto(), m.summary(on.as_deref().unwrap_or_default()))),
+        "network" => network::network(fields, names, name).map(|n| (n.proto(), n.summary(&shown))),
+        "cpu" => cpu(fields).map(|c| (c.proto(), c.summary(&shown))),
+        _ => memory(fields).map(|m| (m.proto(), m.summary(&shown))),
     };
     let (proto, summary) = read?;
-    Some(Fault { on: on?, proto, summary })
+    Some(Fault { on: on?, replicas: replicas?, proto, summary })
 }
 
 fn cpu(mut fields: Fields<'_>) -> Option<Cpu> {

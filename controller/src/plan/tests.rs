@@ -255,7 +255,7 @@ fn wrong_percentiles_and_kinds() {
     plan.yaml:18:87: rounds[0].faults[0].network.damage: unknown field `damage`
         |
      18 |       - network: { on: recommender, to: redis, delay: { latency: 2s, jitter: 300ms }, damage: 5% }
-        |                                                                                       ^^^^^^ known here: on, to, except, direction, share, flows, delay, loss, duplicate, corrupt, reorder, rate, slots, partition, reset, cut, dns, interface, seed, perSegment, unprotected, sockets, side
+        |                                                                                       ^^^^^^ known here: on, replicas, to, except, direction, share, flows, delay, loss, duplicate, corrupt, reorder, rate, slots, partition, reset, cut, dns, interface, seed, perSegment, unprotected, sockets, side
 
     1 error in plan.yaml
     "#);
@@ -375,5 +375,58 @@ fn what_only_the_hosts_know_has_a_place_too() {
         |         ^^^ fix
 
     2 errors in plan.yaml
+    "#);
+}
+
+#[test]
+fn limits_are_shares_and_a_fault_may_take_some_of_the_replicas() {
+    let limits = "limits: { nodes: 50%, zone: 25%, replicas: 50%, pods: 10%, injections: 4 }\ndecision:";
+    let text = GOOD.replacen("decision:", limits, 1);
+    let text = text.replacen("on: recommender, load: 90%", "on: recommender, replicas: 50%, load: 90%", 1);
+    let text = text.replacen("on: recommender, to: redis", "on: recommender, replicas: 1, to: redis", 1);
+    let plan = read(&text).expect("valid");
+    let faults = &plan.rounds[0].faults;
+    assert_eq!(faults[0].replicas, Some(Take::Count(1)));
+    assert_eq!((faults[1].replicas, faults[2].replicas), (Some(Take::Share(0.5)), None));
+    assert_eq!(faults[0].on, "recommender");
+    insta::assert_snapshot!(faults[1].summary, @"cpu recommender (replicas: 50%): load 90%");
+    insta::assert_snapshot!(plan.limits.line().expect("some"), @"50% of the nodes for each target, 25% of the nodes of a zone, 50% of the replicas of each target, 10% of the pods of a node, 4 injections");
+}
+
+#[test]
+fn wrong_shares_and_replicas() {
+    insta::assert_snapshot!(errors("decision:", "limits: { zone: 0%, replicas: 2, pods: all }\ndecision:"), @r#"
+    plan.yaml:27:17: limits.zone: zero does nothing
+        |
+     27 | limits: { zone: 0%, replicas: 2, pods: all }
+        |                 ^^ give more than 0, or leave it out
+
+    plan.yaml:27:31: limits.replicas: `2` has no unit
+        |
+     27 | limits: { zone: 0%, replicas: 2, pods: all }
+        |                               ^ write 2%
+
+    plan.yaml:27:40: limits.pods: `all` is no percentage
+        |
+     27 | limits: { zone: 0%, replicas: 2, pods: all }
+        |                                        ^^^ expected a percentage: 5%, 0.12%
+
+    3 errors in plan.yaml
+    "#);
+    insta::assert_snapshot!(errors("on: recommender, load: 90%", "on: recommender, replicas: 0, load: 90%"), @r#"
+    plan.yaml:19:43: rounds[0].faults[1].cpu.replicas: none would be hurt
+        |
+     19 |       - cpu: { on: recommender, replicas: 0, load: 90% }
+        |                                           ^ expected a share or a number of them: 50%, 1
+
+    1 error in plan.yaml
+    "#);
+    insta::assert_snapshot!(errors("on: recommender, load: 90%", "on: recommender, replicas: half, load: 90%"), @r#"
+    plan.yaml:19:43: rounds[0].faults[1].cpu.replicas: `half` is no part of the replicas
+        |
+     19 |       - cpu: { on: recommender, replicas: half, load: 90% }
+        |                                           ^^^^ expected a share or a number of them: 50%, 1
+
+    1 error in plan.yaml
     "#);
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Write as _};
 
 use crate::{
     event::{Event, Phase, What},
-    fold::{Round, Run},
+    fold::{Round, Run, resumed},
     report::{Paint, evidence, figure, outcome_sign, series, verdict_sign},
 };
 
@@ -114,6 +114,7 @@ impl Plain {
             What::Reverted { id, node, took, reason } => {
                 vec![format!("reverted {id} on {node} in {} ({reason})", figure::seconds(*took))]
             }
+            What::Resumed { id, node, agent, gap } => vec![format!("! {}", resumed(id, node, agent, *gap))],
             What::Stuck { id, node, reason } => {
                 vec![self.paint.tone("bad", &format!("✖ STUCK {id} on {node}: {reason}"))]
             }

@@ -175,6 +175,65 @@ async fn a_lost_agent_aborts_and_the_others_are_reverted() {
 }
 
 #[tokio::test]
+async fn a_fault_that_another_agent_resumes_goes_on_and_its_gap_is_on_record() {
+    let fake = Fake::start("a").await;
+    let test = start(&PLAN.replace("hold: 2s", "hold: 4s"), &[&fake]);
+    test.until(|run| run.injections.iter().any(|i| i.bit)).await;
+    fake.is().lost = true;
+    sleep(Duration::from_millis(1500)).await;
+    assert!(!test.ended.is_finished(), "it waits for the next agent");
+    fake.resume_all();
+    let (ended, run, events) = test.end().await;
+    ended.expect("not stopped");
+    let gaps: Vec<_> = events
+        .iter()
+        .filter_map(|e| match &e.what {
+            What::Resumed { agent, gap, .. } => Some((agent.as_str(), *gap)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(gaps, [("9.9.9", 1.5)]);
+    assert!(
+        run.notes.iter().any(|(_, n)| n.contains("resumed by agent 9.9.9 after 1.5 s")),
+        "{:?}",
+        run.notes
+    );
+    assert!(run.injections[0].bit, "what was touched before the gap was touched");
+    assert_eq!((reverted(&run), fake.live()), (1, 0));
+    let ended_at = run.injections[0].reverted.as_ref().expect("reverted").0;
+    assert!(ended_at >= run.rounds[0].phases[&Phase::Recovery], "held to the end");
+}
+
+#[tokio::test]
+async fn a_fault_that_the_next_agent_does_not_know_has_ended_early() {
+    let fake = Fake::start("a").await;
+    let test = start(&PLAN.replace("hold: 2s", "hold: 4s"), &[&fake]);
+    test.until(|run| run.injections.iter().any(|i| i.bit)).await;
+    fake.is().lost = true;
+    sleep(Duration::from_millis(500)).await;
+    fake.forget_all();
+    let (ended, run, _) = test.end().await;
+    assert_ne!(ended.expect("not stopped").0, Verdict::Promote);
+    let (_, _, why) = run.injections[0].reverted.clone().expect("ended");
+    assert!(why.contains("the next one does not know it"), "{why}");
+}
+
+#[tokio::test]
+async fn a_revert_waits_for_the_next_agent() {
+    let fake = Fake::start("a").await;
+    let test = start(PLAN, &[&fake]);
+    test.until_fault().await;
+    test.until(|run| run.injections.iter().any(|i| i.bit)).await;
+    fake.is().lost = true;
+    test.signals.send(Asked::Stop).expect("listened to");
+    sleep(Duration::from_millis(1500)).await;
+    fake.resume_all();
+    let (ended, run, _) = test.end().await;
+    assert!(matches!(ended, Err(Stopped::Person)), "{ended:?}");
+    assert_eq!((reverted(&run), fake.live()), (1, 0));
+}
+
+#[tokio::test]
 async fn a_fault_that_ends_early_is_noted_and_never_promotes() {
     let fake = Fake::start("a").await;
     let test = start(PLAN, &[&fake]);

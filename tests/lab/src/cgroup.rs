@@ -148,16 +148,22 @@ impl Cgroup {
     /// The command, wrapped so that it moves itself into this cgroup before anything of it runs.
     #[must_use]
     pub fn wrap(&self, command: &Command) -> Command {
-        const MOVE: &str = r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; done; shift; exec "$@""#;
-        let mut wrapped = Command::new("sh");
-        wrapped.args(["-c", MOVE, "sh"]).args(&self.dirs).arg("--");
-        wrapped.arg(command.get_program()).args(command.get_args());
-        for (name, value) in command.get_envs() {
-            if let Some(value) = value {
-                wrapped.env(name, value);
-            }
+        wrap(&self.dirs, command)
+    }
+
+    /// As [`Self::wrap`], but into a cgroup below this one, which is made.
+    pub fn wrap_below(&self, path: &str, command: &Command) -> Result<Command> {
+        let dirs: Vec<_> = self.dirs.iter().map(|dir| dir.join(path)).collect();
+        for dir in &dirs {
+            fs::create_dir_all(dir).with_context(|| format!("cannot make the cgroup {}", dir.display()))?;
         }
-        wrapped
+        Ok(wrap(&dirs, command))
+    }
+
+    /// The processes in a cgroup below this one.
+    pub fn processes_below(&self, path: &str) -> Result<Vec<i32>> {
+        let dir = self.dirs.first().context("the cgroup has no directory")?;
+        processes(&dir.join(path))
     }
 
     fn write(&self, controller: &str, file: &str, value: &str) -> Result<()> {
@@ -176,6 +182,20 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+fn wrap(dirs: &[PathBuf], command: &Command) -> Command {
+    const MOVE: &str =
+        r#"while [ "$1" != -- ]; do echo $$ > "$1/cgroup.procs" || exit 1; shift; done; shift; exec "$@""#;
+    let mut wrapped = Command::new("sh");
+    wrapped.args(["-c", MOVE, "sh"]).args(dirs).arg("--");
+    wrapped.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            wrapped.env(name, value);
+        }
+    }
+    wrapped
 }
 
 impl Drop for Cgroup {

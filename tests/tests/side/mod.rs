@@ -103,6 +103,7 @@ impl Duel {
             duration_ns: 240 * SECOND,
             lease_ns: 240 * SECOND,
             dry_run: false,
+            only: Vec::new(),
         };
         let made = self.client.inject(request).await?.into_inner().injections;
         let [injection] = <[Injection; 1]>::try_from(made).ok().context("not one injection")?;
