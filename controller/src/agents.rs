@@ -294,8 +294,29 @@ pub(crate) struct Agent {
     /// What it said about its node when it was reached.
     pub about: v1::DescribeResponse,
     client: AgentClient<InterceptedService<Channel, Bearer>>,
-    /// When it last said anything.
-    heard: Arc<Mutex<Instant>>,
+    /// When it last gave or renewed leases.
+    leased: Arc<Mutex<Instant>>,
+}
+
+/// How long a stream of an agent is waited for that may be in the middle of an upgrade: as long as a lease.
+#[derive(Debug, Default)]
+pub(crate) struct Patience(Option<Instant>);
+
+impl Patience {
+    /// Something came.
+    pub(crate) fn heard(&mut self) {
+        self.0 = None;
+    }
+
+    /// Waits a moment before the next try. Gives the error back where it is no loss, or nothing came for a whole lease.
+    pub(crate) async fn wait(&mut self, error: CallError) -> Called<()> {
+        let since = *self.0.get_or_insert_with(Instant::now);
+        if !matches!(error, CallError::Lost { .. }) || since.elapsed() >= LEASE {
+            return Err(error);
+        }
+        sleep(AGAIN).await;
+        Ok(())
+    }
 }
 
 type Called<T> = Result<T, CallError>;
@@ -316,29 +337,18 @@ impl Agent {
             address: address.to_string(),
             about,
             client,
-            heard: Arc::new(Mutex::new(Instant::now())),
+            leased: Arc::new(Mutex::new(Instant::now())),
         })
     }
 
-    /// Notes that it said something.
-    pub(crate) fn heard(&self) {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-    }
-
-    /// Whether an error may be that of an upgrade: another agent may take over until the leases are over, one lease after
-    /// this one said its last.
+    /// Whether an error may be that of an upgrade: until the leases it gave are over, another agent may go on with them.
     pub(crate) fn may_return(&self, error: &CallError) -> bool {
-        let heard = *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(error, CallError::Lost { .. }) && heard.elapsed() < LEASE
+        let leased = *self.leased.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(error, CallError::Lost { .. }) && leased.elapsed() < LEASE
     }
 
-    /// Waits a moment where the agent may return; else gives the error back.
-    pub(crate) async fn await_return(&self, error: CallError) -> Called<()> {
-        if !self.may_return(&error) {
-            return Err(error);
-        }
-        sleep(AGAIN).await;
-        Ok(())
+    fn leased(&self) {
+        *self.leased.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     async fn call<T>(
@@ -347,10 +357,7 @@ impl Agent {
         call: impl Future<Output = Result<tonic::Response<T>, Status>>,
     ) -> Called<T> {
         match timeout(limit, call).await {
-            Ok(Ok(response)) => {
-                self.heard();
-                Ok(response.into_inner())
-            }
+            Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(CallError::of(&self.node, &status)),
             Err(_) => {
                 let message = format!("no answer within {}", humantime::format_duration(limit));
@@ -379,13 +386,17 @@ impl Agent {
     /// Injects what was armed.
     pub(crate) async fn fire(&self, ids: Vec<String>) -> Called<Vec<v1::Injection>> {
         let mut client = self.client.clone();
-        Ok(self.call(QUICK, client.fire(v1::FireRequest { ids })).await?.injections)
+        let fired = self.call(QUICK, client.fire(v1::FireRequest { ids })).await?;
+        self.leased();
+        Ok(fired.injections)
     }
 
     /// Renews leases; gives the ids that are not live any more.
     pub(crate) async fn renew(&self, ids: Vec<String>) -> Called<Vec<String>> {
         let mut client = self.client.clone();
-        Ok(self.call(RENEW, client.renew(v1::RenewRequest { ids })).await?.gone)
+        let renewed = self.call(RENEW, client.renew(v1::RenewRequest { ids })).await?;
+        self.leased();
+        Ok(renewed.gone)
     }
 
     /// Reverts injections and waits until the host is as before.

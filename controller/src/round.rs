@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    agents::{Agent, CallError},
+    agents::{Agent, CallError, Patience},
     check,
     clock::Clock,
     event::{Figure, Phase, What},
@@ -357,10 +357,11 @@ async fn watch(
     ids: Vec<String>,
 ) -> Result<(), CallError> {
     let of = &context.agents[agent];
+    let mut patience = Patience::default();
     loop {
-        let mut lost = watch_once(context, tracker, agent, ids.clone()).await;
+        let mut lost = watch_once(context, tracker, agent, ids.clone(), &mut patience).await;
         let known = loop {
-            of.await_return(lost).await?;
+            patience.wait(lost).await?;
             match of.list().await {
                 Ok(known) => break known,
                 Err(e) => lost = e,
@@ -380,7 +381,13 @@ async fn watch(
 }
 
 /// Follows until the stream ends; says why it did.
-async fn watch_once(context: &Context, tracker: &Tracker, agent: usize, ids: Vec<String>) -> CallError {
+async fn watch_once(
+    context: &Context,
+    tracker: &Tracker,
+    agent: usize,
+    ids: Vec<String>,
+    patience: &mut Patience,
+) -> CallError {
     let of = &context.agents[agent];
     let mut stream = match of.watch(ids).await {
         Ok(stream) => stream,
@@ -389,7 +396,7 @@ async fn watch_once(context: &Context, tracker: &Tracker, agent: usize, ids: Vec
     loop {
         match stream.message().await {
             Ok(Some(injection)) => {
-                of.heard();
+                patience.heard();
                 tracker.heard(context, agent, &injection);
             }
             Ok(None) => {

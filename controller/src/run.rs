@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    agents::{Agent, Agents, CallError, Local},
+    agents::{Agent, Agents, CallError, Local, Patience},
     check,
     cli::{Common, Output, exit},
     clock::Clock,
@@ -268,11 +268,12 @@ fn sample(context: &Arc<Context>, checked: &check::Checked, beside: &mut JoinSet
         };
         let (context, gauges) = (Arc::clone(context), Arc::clone(&gauges));
         beside.spawn(async move {
+            let mut patience = Patience::default();
             loop {
                 let agent = &context.agents[agent];
-                let error = sample_once(&context, agent, &name, target.clone(), &gauges).await;
+                let error = sample_once(&context, agent, &name, target.clone(), &gauges, &mut patience).await;
                 if let CallError::Lost { .. } = error {
-                    if let Err(lost) = agent.await_return(error).await {
+                    if let Err(lost) = patience.wait(error).await {
                         // Nobody listens any more once the run has ended.
                         let _ = context.trouble.send(lost.into());
                         return;
@@ -295,6 +296,7 @@ async fn sample_once(
     name: &str,
     target: v1::Target,
     gauges: &Mutex<Gauges>,
+    patience: &mut Patience,
 ) -> CallError {
     let mut stream = match agent.sample(target).await {
         Ok(stream) => stream,
@@ -303,7 +305,7 @@ async fn sample_once(
     loop {
         match stream.message().await {
             Ok(Some(sample)) => {
-                agent.heard();
+                patience.heard();
                 let events =
                     gauges.lock().unwrap_or_else(PoisonError::into_inner).take(name, &agent.node, &sample);
                 context.log.record_all(events);

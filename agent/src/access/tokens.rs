@@ -47,6 +47,7 @@ const LARGEST: usize = 64 << 10;
 
 /// How the API server is reached, from the command line. The files are where a pod has them.
 #[derive(Debug, clap::Args)]
+#[group(id = "tokens")]
 pub struct Options {
     /// Take service account tokens (audience squall) too: who brings one is serviceaccount:NAMESPACE:NAME in the policy
     #[arg(long, requires = "policy")]
