@@ -237,8 +237,9 @@ async fn phases(
 
     log.record_at(fault_at, What::PhaseStarted { round, phase: Phase::Fault });
     guard.during(fire(context, round, tracker, &on)).await??;
+    // However long that took: what is held is what is in force. Phases end on whole seconds.
+    let recovery_at = (clock.now() + plan.hold.as_secs_f64()).round();
     follow(context, tracker, beside);
-    let recovery_at = fault_at + plan.hold.as_secs_f64();
     guard.during(clock.wait_until(recovery_at)).await?;
 
     log.record_at(recovery_at, What::PhaseStarted { round, phase: Phase::Recovery });
