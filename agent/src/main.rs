@@ -47,7 +47,7 @@ use tokio::{
     time::timeout,
 };
 use tonic::transport::Server;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -185,6 +185,12 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     start_log(cli.run.log);
+    // While there is one thread.
+    if let Err(e) = host::cgroup::enter_first() {
+        warn!(
+            "cannot enter the node's cgroup namespace, so cgroups of other containers may be out of reach: {e}"
+        );
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let done = runtime.context("start the runtime").and_then(|runtime| match cli.command {
         Some(Command::Cost(args)) => {

@@ -5,6 +5,9 @@ use std::process::Command;
 use anyhow::Result;
 use squall_lab::{Cgroup, Running, unique};
 
+/// How long it lives where nobody ends it, seconds: longer than a full sweep in a VM.
+const LIFE: &str = "43200";
+
 /// A process in a cgroup with a memory limit. Both are gone when it is dropped.
 #[derive(Debug)]
 pub struct Victim {
@@ -19,7 +22,7 @@ impl Victim {
     pub fn start(tag: &str, memory: u64) -> Result<Self> {
         let cgroup = Cgroup::new(unique(tag))?;
         cgroup.limit_memory(memory)?;
-        let process = Running::start("a victim", &cgroup.wrap(Command::new("sleep").arg("3600")))?;
+        let process = Running::start("a victim", &cgroup.wrap(Command::new("sleep").arg(LIFE)))?;
         squall_lab::wait_for("the victim in its cgroup", std::time::Duration::from_secs(10), || {
             let there = cgroup.processes()?.contains(&process.pid().cast_signed());
             Ok(there.then_some(()))

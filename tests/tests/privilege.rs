@@ -1,7 +1,7 @@
 //! Least privilege: with the capabilities of the table in README.md and the system calls of deploy/seccomp.json everything works, and
 //! where one is missing the refusal names it.
 
-use std::{collections::BTreeMap, fs, thread, time::Duration};
+use std::{collections::BTreeMap, fs, process::Command, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
@@ -34,6 +34,18 @@ fn all() -> Vec<&'static str> {
 fn only(capabilities: &[&str]) -> Vec<String> {
     let bounding = capabilities.iter().fold("--bounding-set=-all".to_owned(), |set, name| set + ",+" + name);
     ["setpriv".to_owned(), "--no-new-privs".to_owned(), "--inh-caps=-all".to_owned(), bounding].into()
+}
+
+/// As a container is that is not privileged: in a cgroup of its own, which a cgroup namespace of its own shows it as the root.
+fn contained(cgroup: &Cgroup, under: &[String]) -> Vec<String> {
+    let mut command = Command::new("unshare");
+    command.arg("--cgroup").args(under);
+    let inside = cgroup.wrap(&command);
+    [inside.get_program()]
+        .into_iter()
+        .chain(inside.get_args())
+        .map(|word| word.to_string_lossy().into())
+        .collect()
 }
 
 /// The system calls that deploy/seccomp.json allows, as a filter.
@@ -112,14 +124,18 @@ fn with_the_tables_capabilities_and_the_filters_system_calls_everything_works() 
     let (lab, cgroup) = (Lab::new("privilege")?, Cgroup::new(unique("privilege"))?);
     cgroup.limit_memory(256 * MIB)?;
     let victim = victim(&lab, &cgroup)?;
+    let container = Cgroup::new(unique("container"))?;
     let before = lab.near.state()?;
     filtered(async {
-        let under = only(&all());
+        let under = contained(&container, &only(&all()));
         let under: Vec<&str> = under.iter().map(String::as_str).collect();
         let agent = Agent::start(AgentOptions { under: &under, ..AgentOptions::default() }).await?;
         let status = fs::read_to_string(format!("/proc/{}/status", agent.pid()))?;
         ensure!(status.contains("\nSeccomp:\t2\n") && status.contains("\nNoNewPrivs:\t1\n"), "{status}");
         ensure!(status.contains("\nCapEff:\t0000000000285000\n"), "{status}");
+        let [own, first] = [agent.pid(), 1]
+            .map(|pid| fs::read_link(format!("/proc/{pid}/ns/cgroup")).map_err(|e| e.to_string()));
+        ensure!(own.is_ok() && own == first, "it is in {own:?}, the node in {first:?}");
         let mut client = agent.client().await?;
         let about = client.describe(DescribeRequest::default()).await?.into_inner();
         for fault in &about.faults {

@@ -52,9 +52,9 @@ const TOOLS: [&str; 10] =
 /// What a test may be told by its environment.
 const FROM_HERE: [&str; 2] = ["SQUALL_SWEEP", "SQUALL_SEED"];
 /// Tests that are not for every day without KVM: those that start an agent hundreds of times or take thousands of connections,
-/// and those of what is the same on every kernel.
-const RARE: [&str; 8] =
-    ["crash", "hostile", "sequences", "bounds", "journal", "lab", "tokens", "upgrade"];
+/// those of what is the same on every kernel, and what is judged by how much CPU there is.
+const RARE: [&str; 10] =
+    ["crash", "hostile", "sequences", "safety", "bounds", "journal", "lab", "tokens", "upgrade", "demo"];
 /// How often a kernel is started that panics before anything runs. Seen once, on 7.2 beside builds: a CPU ran into code that another
 /// was patching, most likely since QEMU without KVM does not order that as a machine does.
 const MOST_BOOTS: u32 = 3;

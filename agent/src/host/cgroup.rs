@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sched::{CloneFlags, setns};
 use procfs::{ProcessCGroups, process::MountInfo};
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,24 @@ impl std::fmt::Display for Version {
             Self::V2 => "v2",
         })
     }
+}
+
+/// Enters the cgroup namespace of process 1 with this thread, and so with all that it starts: whether it was another.
+///
+/// A container that is not privileged has one of its own where cgroups are v2 [Kubernetes' KEP-2254]. From within, other pods'
+/// cgroups have paths that begin with `/..`, and no process can be moved into them [kernel/cgroup/cgroup.c,
+/// `cgroup_procs_write_permission`, 6.1].
+///
+/// # Errors
+///
+/// Without CAP_SYS_ADMIN, and where process 1 may not be looked at (CAP_SYS_PTRACE).
+pub fn enter_first() -> io::Result<bool> {
+    let (first, own) = (Path::new("/proc/1/ns/cgroup"), Path::new("/proc/self/ns/cgroup"));
+    if fs::read_link(first)? == fs::read_link(own)? {
+        return Ok(false);
+    }
+    setns(fs::File::open(first)?, CloneFlags::CLONE_NEWCGROUP)?;
+    Ok(true)
 }
 
 impl Hierarchies {
