@@ -24,6 +24,9 @@ pub(crate) struct Options {
     /// Keep what reaches new code in the corpus, merged to the fewest inputs.
     #[arg(long)]
     pub(crate) keep: bool,
+    /// Built in less time, to run slower: for a few seconds on what is known.
+    #[arg(skip)]
+    pub(crate) brief: bool,
 }
 
 /// As cargo-fuzz has it, without the sanitizer.
@@ -51,9 +54,19 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let host = host()?;
     let flag = format!("target.{host}.rustflags={:?}", INSTRUMENT.split_whitespace().collect::<Vec<_>>());
     // With --target the flags are for the programs alone, not for what builds them.
-    let build = ["build", "--locked", "--profile=fuzz", "--bins", "--target", &host, "--config", &flag];
+    let build = [
+        "build",
+        "--locked",
+        "--profile=fuzz",
+        "--bins",
+        "--target",
+        host.as_str(),
+        "--config",
+        flag.as_str(),
+    ];
     let packages = ["-p", "squall", "-p", "squall-agent"];
-    let built = builds::executables(build.into_iter().chain(packages))?;
+    let level: &[&str] = if options.brief { &["--config", "profile.fuzz.opt-level=0"] } else { &[] };
+    let built = builds::executables(build.iter().chain(&packages).chain(level))?;
     for target in &targets {
         let (_, program) =
             built.iter().find(|(name, _)| *name == target.package).context("cargo built no such program")?;
