@@ -24,9 +24,6 @@ pub(crate) struct Options {
     /// Keep what reaches new code in the corpus, merged to the fewest inputs.
     #[arg(long)]
     pub(crate) keep: bool,
-    /// Built in less time, to run slower: for a few seconds on what is known.
-    #[arg(skip)]
-    pub(crate) brief: bool,
 }
 
 /// As cargo-fuzz has it, without the sanitizer.
@@ -65,8 +62,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         flag.as_str(),
     ];
     let packages = ["-p", "squall", "-p", "squall-agent"];
-    let level: &[&str] = if options.brief { &["--config", "profile.fuzz.opt-level=0"] } else { &[] };
-    let built = builds::executables(build.iter().chain(&packages).chain(level))?;
+    let built = builds::executables(build.into_iter().chain(packages))?;
     for target in &targets {
         let (_, program) =
             built.iter().find(|(name, _)| *name == target.package).context("cargo built no such program")?;

@@ -32,7 +32,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let mut unit = tools::cargo(["test"].iter().chain(&tools::HOST_CRATES).chain(&unit));
     total.run("unit tests", &mut unit, &mut failures)?;
 
-    let fuzz = fuzz::Options { seconds: FUZZ_SECONDS, brief: true, ..fuzz::Options::default() };
+    let fuzz = fuzz::Options { seconds: FUZZ_SECONDS, ..fuzz::Options::default() };
     if let Err(e) = fuzz::run(&fuzz) {
         failures.push(format!("fuzzing: {e:#}"));
     }
