@@ -51,16 +51,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let host = host()?;
     let flag = format!("target.{host}.rustflags={:?}", INSTRUMENT.split_whitespace().collect::<Vec<_>>());
     // With --target the flags are for the programs alone, not for what builds them.
-    let build = [
-        "build",
-        "--locked",
-        "--profile=fuzz",
-        "--bins",
-        "--target",
-        host.as_str(),
-        "--config",
-        flag.as_str(),
-    ];
+    let build = ["build", "--locked", "--profile=fuzz", "--bins", "--target", &host, "--config", &flag];
     let packages = ["-p", "squall", "-p", "squall-agent"];
     let built = builds::executables(build.into_iter().chain(packages))?;
     for target in &targets {
