@@ -4,7 +4,7 @@ use std::{fs, path::Path, thread, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
 };
 use squall_proto::v1::{ArmRequest, Direction, Fault, Injection, NetworkFault, RevertRequest, State, fault};
@@ -50,6 +50,16 @@ fn make_read_only(dir: &Path, on: bool) -> Result<()> {
     let flags = if on { MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY } else { MsFlags::MS_REMOUNT };
     mount(None::<&str>, dir, None::<&str>, flags, None::<&str>)
         .with_context(|| format!("mounting {} again", dir.display()))
+}
+
+impl Drop for Place {
+    /// What is mounted on cannot be removed with the agent's directory.
+    fn drop(&mut self) {
+        for dir in [self.agent.state_dir().join("journal"), self.agent.state_dir().to_owned()] {
+            // Not every test mounts on each.
+            let _ = umount2(&dir, MntFlags::MNT_DETACH);
+        }
+    }
 }
 
 impl Place {
