@@ -55,10 +55,10 @@ fn make_read_only(dir: &Path, on: bool) -> Result<()> {
 impl Drop for Place {
     /// What is mounted on cannot be removed with the agent's directory.
     fn drop(&mut self) {
-        for dir in [self.agent.state_dir().join("journal"), self.agent.state_dir().to_owned()] {
-            // Not every test mounts on each.
-            let _ = umount2(&dir, MntFlags::MNT_DETACH);
-        }
+        let state = self.agent.state_dir();
+        // Not every test mounts on each.
+        let _ = umount2(&state.join("journal"), MntFlags::MNT_DETACH);
+        let _ = umount2(&state, MntFlags::MNT_DETACH);
     }
 }
 
