@@ -185,8 +185,10 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     start_log(cli.run.log);
-    // While there is one thread.
-    if let Err(e) = host::cgroup::enter_first() {
+    // While there is one thread. A log is read by whoever may.
+    if !matches!(cli.command, Some(Command::Audit(_)))
+        && let Err(e) = host::cgroup::enter_first()
+    {
         warn!(
             "cannot enter the node's cgroup namespace, so cgroups of other containers may be out of reach: {e}"
         );

@@ -19,8 +19,9 @@ use crate::{
     wrong::Wrong,
 };
 
-/// A fault ends by itself this long after it should have been reverted.
-const MARGIN: Duration = LEASE;
+/// A fault ends by itself this long after it should have been reverted. One that was injected first is held until the last was
+/// held long enough, which comes no more than a lease later, and is not to end before.
+const MARGIN: Duration = LEASE.saturating_mul(2);
 
 /// Reads a plan from its file.
 pub(crate) fn load(path: &Path) -> Result<(String, Plan)> {
