@@ -19,7 +19,7 @@ use crate::{
     initramfs::Initramfs,
     kernel::Kernel,
     setup,
-    suite::{self, Counts},
+    suite::{self, Counts, Said},
     target_dir, tools,
 };
 
@@ -50,7 +50,7 @@ const MODULES: [&str; 20] = [
 const TOOLS: [&str; 10] =
     ["sh", "ip", "tc", "ethtool", "ping", "iperf3", "nsenter", "setpriv", "sleep", "unshare"];
 /// What a test may be told by its environment.
-const FROM_HERE: [&str; 2] = ["SQUALL_SWEEP", "SQUALL_SEED"];
+const FROM_HERE: [&str; 3] = ["SQUALL_SWEEP", "SQUALL_SCENARIOS", "SQUALL_SEED"];
 /// Tests that are not for every day without KVM: those that take long there (an agent that starts hundreds of times, thousands of
 /// connections, bulk), those of what is the same on every kernel, and what is judged by how much CPU there is.
 const RARE: [&str; 11] = [
@@ -69,8 +69,6 @@ const RARE: [&str; 11] = [
 /// How often a kernel is started that panics before anything runs. Seen once, on 7.2 beside builds: a CPU ran into code that another
 /// was patching, most likely since QEMU without KVM does not order that as a machine does.
 const MOST_BOOTS: u32 = 3;
-/// How many tests that failed in a VM are run once more.
-const MOST_AGAIN: usize = 5;
 /// What a kernel that gave up says.
 const PANIC: &str = "Kernel panic - not syncing";
 
@@ -125,58 +123,26 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// Runs the privileged tests on one kernel, without those that are rare there; whether they passed, and the counts.
-///
-/// An emulated machine stands still when its host is busy, which a test that looks at the time takes for a defect. So what failed
-/// is run once more by itself, and what passes then is named.
-pub(crate) fn test(kernel: &str, binaries: &Path) -> Result<(bool, Counts)> {
+/// Runs the privileged tests on one kernel, without those that are rare there; whether all passed.
+pub(crate) fn test(
+    kernel: &str,
+    binaries: &Path,
+    total: &mut Counts,
+    unsteady: &mut Vec<String>,
+) -> Result<bool> {
     let names: Vec<String> =
         suite::privileged()?.into_iter().filter(|name| !RARE.contains(&name.as_str())).collect();
     let mut job = tests(&names, "", binaries)?;
-    let (mut counts, mut failed) = (Counts::default(), Failed::default());
-    let ok = boot(kernel, binaries, &job, |line| {
-        counts.take(line);
-        failed.take(line);
-    })?;
-    // What fails without a test that does is no matter of time, and many failures are not either.
-    if ok || failed.tests.len() as u64 != counts.failed || failed.tests.len() > MOST_AGAIN {
-        return Ok((ok, counts));
-    }
-    job.commands = failed.commands();
-    let mut again = Counts::default();
-    let ok = boot(kernel, binaries, &job, |line| again.take(line))?;
-    if ok && again.passed == counts.failed {
-        for (file, test) in &failed.tests {
-            println!("vm {kernel}: UNSTEADY: {file} {test} failed, and passed when it was run once more");
-        }
-        counts.passed += counts.failed;
-        counts.failed = 0;
-        return Ok((true, counts));
-    }
-    Ok((false, counts))
-}
-
-/// The tests that failed, as the harness names them.
-#[derive(Debug, Default)]
-struct Failed {
-    file: String,
-    tests: Vec<(String, String)>,
-}
-
-impl Failed {
-    fn take(&mut self, line: &str) {
-        if let Some(command) = line.strip_prefix("==== /tests/") {
-            self.file = command.split_whitespace().next().unwrap_or_default().to_owned();
-        }
-        // An error of the test is output too, so each that failed has this line.
-        if let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
-            self.tests.push((self.file.clone(), test.to_owned()));
-        }
-    }
-
-    fn commands(&self) -> Vec<String> {
-        self.tests.iter().map(|(file, test)| format!("/tests/{file} --exact {test}")).collect()
-    }
+    let hear = |job: &Job| {
+        let mut said = Said::default();
+        let ok = boot(kernel, binaries, job, |line| said.take(line))?;
+        anyhow::Ok((ok, said))
+    };
+    let (ok, said) = hear(&job)?;
+    said.judge(ok, total, unsteady, &format!("vm {kernel}"), |failed| {
+        job.commands = failed.iter().map(|(file, test)| format!("/tests/{file} --exact {test}")).collect();
+        hear(&job)
+    })
 }
 
 /// Boots a kernel and runs a job. Shows what is said there, and hands each line over; whether no command failed.
@@ -303,27 +269,4 @@ fn tests(files: &[String], filter: &str, binaries: &Path) -> Result<Job> {
         job.programs.push((Path::new("/tests").join(name), path));
     }
     Ok(job)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_failed_is_run_once_more_by_name() {
-        let mut failed = Failed::default();
-        for line in [
-            "==== /tests/demo --test-threads=1",
-            "test one ... [  324.427362] Memory cgroup out of memory",
-            "---- one stdout ----",
-            "==== FAILED after 51.6s",
-            "==== /tests/demo exited with 101",
-            "==== /tests/lab --test-threads=1",
-            "test fine ... ok",
-            "---- two stdout ----",
-        ] {
-            failed.take(line);
-        }
-        assert_eq!(failed.commands(), ["/tests/demo --exact one", "/tests/lab --exact two"]);
-    }
 }
