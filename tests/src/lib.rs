@@ -8,6 +8,7 @@ mod bench;
 mod controller;
 mod lab;
 mod names;
+mod place;
 mod remote;
 mod shop;
 mod talk;
@@ -19,6 +20,7 @@ pub use bench::{Bench, MS, SECOND, cidr, delay, figure, interface, partition, po
 pub use controller::Controller;
 pub use lab::Lab;
 pub use names::{Answer, NameServer, ask};
+pub use place::Place;
 pub use remote::{Certs, Dial, verify_audit};
 pub use shop::in_a_shop;
 pub use squall_lab::{

@@ -12,70 +12,31 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use squall_proto::v1::{ArmRequest, CpuFault, Direction, Fault, NetworkFault, State, Target, fault};
 use squall_tests::{
-    Agent, AgentOptions, HostState, Lab, NetState, Sockets, Victim, bin_dir, cidr, delay, interface,
-    need_root, partition, process, wait_for,
+    Agent, AgentOptions, Place, Sockets, bin_dir, cidr, delay, interface, partition, process, wait_for,
 };
 
-const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A lab and a victim, as they were.
-struct Place {
-    lab: Lab,
-    victim: Victim,
-    before: (NetState, HostState),
+/// A delay on loopback, which sets settings; a delay, which may take a line and filters; a load.
+async fn hurt(place: &Place, agent: &Agent) -> Result<()> {
+    let near = place.lab.near.name();
+    let network = |fault: NetworkFault| fault::Kind::Network(fault);
+    let cpu = fault::Kind::Cpu(CpuFault { load: 0.05, workers: 1 });
+    for (id, target, kind) in [
+        ("loopback", interface("lo", near), network(delay(50, Direction::Egress, vec![cidr("127.0.0.0/8")]))),
+        ("delay", interface("near0", near), network(delay(50, Direction::Both, vec![cidr("10.99.0.2/32")]))),
+        ("load", process(place.victim.pid()), cpu),
+    ] {
+        inject(agent, id, target, kind).await?;
+    }
+    Ok(())
 }
 
-impl Place {
-    fn new() -> Result<Self> {
-        need_root()?;
-        let (lab, victim) = (Lab::new("clean")?, Victim::start("clean", 256 * MIB)?);
-        let before = (lab.near.state()?, HostState::capture(&bin_dir())?);
-        Ok(Self { lab, victim, before })
-    }
-
-    /// What is not as before, in the lab and on the host.
-    fn left(&self) -> Result<Vec<String>> {
-        let mut left = self.before.0.changes(&self.lab.near.state()?);
-        left.extend(self.before.1.changes(&HostState::capture(&bin_dir())?));
-        Ok(left)
-    }
-
-    fn is_restored(&self) -> Result<()> {
-        let restored = || Ok(self.left()?.is_empty().then_some(()));
-        wait_for("everything to be as before", PATIENCE, restored)
-            .with_context(|| format!("{:?}", self.left()))
-    }
-
-    /// A delay on loopback, which sets settings; a delay, which may take a line and filters; a load.
-    async fn hurt(&self, agent: &Agent) -> Result<()> {
-        let near = self.lab.near.name();
-        let network = |fault: NetworkFault| fault::Kind::Network(fault);
-        let cpu = fault::Kind::Cpu(CpuFault { load: 0.05, workers: 1 });
-        for (id, target, kind) in [
-            (
-                "loopback",
-                interface("lo", near),
-                network(delay(50, Direction::Egress, vec![cidr("127.0.0.0/8")])),
-            ),
-            (
-                "delay",
-                interface("near0", near),
-                network(delay(50, Direction::Both, vec![cidr("10.99.0.2/32")])),
-            ),
-            ("load", process(self.victim.pid()), cpu),
-        ] {
-            inject(agent, id, target, kind).await?;
-        }
-        Ok(())
-    }
-
-    /// The stressor in the victim's cgroup.
-    fn stressor(&self) -> Result<i32> {
-        let victim = self.victim.pid().cast_signed();
-        let others = self.victim.cgroup.processes()?.into_iter().find(|pid| *pid != victim);
-        others.context("no stressor")
-    }
+/// The stressor in the victim's cgroup.
+fn stressor(place: &Place) -> Result<i32> {
+    let victim = place.victim.pid().cast_signed();
+    let others = place.victim.cgroup.processes()?.into_iter().find(|pid| *pid != victim);
+    others.context("no stressor")
 }
 
 async fn inject(agent: &Agent, id: &str, target: Target, kind: fault::Kind) -> Result<()> {
@@ -108,9 +69,9 @@ fn records(agent: &Agent) -> Result<usize> {
 
 #[tokio::test]
 async fn clean_plays_the_journal_of_a_dead_agent_back() -> Result<()> {
-    let place = Place::new()?;
+    let place = Place::new("clean")?;
     let mut agent = Agent::start(AgentOptions::default()).await?;
-    place.hurt(&agent).await?;
+    hurt(&place, &agent).await?;
     agent.kill()?;
     wait_for("the stressor to end with its agent", PATIENCE, || Ok(place.victim.is_alone()?.then_some(())))?;
     let left = place.left()?;
@@ -140,7 +101,7 @@ async fn clean_plays_the_journal_of_a_dead_agent_back() -> Result<()> {
 
 #[tokio::test]
 async fn clean_finds_strays_without_a_journal() -> Result<()> {
-    let place = Place::new()?;
+    let place = Place::new("clean")?;
     let mut agent = Agent::start(AgentOptions::default()).await?;
     let near = place.lab.near.name();
     let fault = fault::Kind::Network(delay(50, Direction::Both, vec![]));
@@ -179,12 +140,12 @@ async fn clean_finds_strays_without_a_journal() -> Result<()> {
 
 #[tokio::test]
 async fn clean_touches_nothing_of_a_living_agent() -> Result<()> {
-    let place = Place::new()?;
+    let place = Place::new("clean")?;
     let mut agent = Agent::start(AgentOptions::default()).await?;
-    place.hurt(&agent).await?;
+    hurt(&place, &agent).await?;
     let cut = fault::Kind::Network(partition(Direction::Both, vec![cidr("10.99.0.3/32")]));
     inject(&agent, "cut", interface("near0", place.lab.near.name()), cut).await?;
-    let during = (place.left()?, place.stressor()?);
+    let during = (place.left()?, stressor(&place)?);
 
     let (ok, said) = clean(&agent.state_dir(), &[])?;
     ensure!(!ok && said.contains("another squall-agent holds"), "{said}");
@@ -192,7 +153,7 @@ async fn clean_touches_nothing_of_a_living_agent() -> Result<()> {
     let (ok, said) = clean(elsewhere.path(), &[])?;
     ensure!(ok && said.contains("nothing to clean"), "{said}");
 
-    assert_eq!((place.left()?, place.stressor()?), during);
+    assert_eq!((place.left()?, stressor(&place)?), during);
     let rtt = place.lab.near.rtt_with("10.99.0.2")?;
     ensure!(rtt > 99.0, "the delay is gone: {rtt} ms");
     let (rtts, said) = place.lab.near.ping_with("-c 3 -i 0.1 -W 1 10.99.0.3")?;
@@ -203,9 +164,9 @@ async fn clean_touches_nothing_of_a_living_agent() -> Result<()> {
 
 #[tokio::test]
 async fn clean_goes_on_after_a_record_that_it_cannot_read() -> Result<()> {
-    let place = Place::new()?;
+    let place = Place::new("clean")?;
     let mut agent = Agent::start(AgentOptions::default()).await?;
-    place.hurt(&agent).await?;
+    hurt(&place, &agent).await?;
     agent.kill()?;
     let journal = agent.state_dir().join("journal");
     let newer = fs::read_to_string(journal.join("load.json"))?.replace("\"format\":1", "\"format\":99");

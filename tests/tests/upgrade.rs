@@ -12,10 +12,7 @@ use squall_proto::v1::{
     ArmRequest, CpuFault, Direction, Fault, Injection, ListRequest, MemoryFault, RenewRequest, RevertRequest,
     State, Target, fault, memory_fault,
 };
-use squall_tests::{
-    Agent, AgentOptions, HostState, Lab, NetState, Sockets, Victim, bin_dir, cidr, delay, interface,
-    need_root, process, wait_for,
-};
+use squall_tests::{Agent, AgentOptions, Place, Sockets, bin_dir, cidr, delay, interface, process, wait_for};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,61 +21,34 @@ const TAKE_OVER: &[&str] = &["--upgrade", "take-over"];
 /// Of each packet, each way.
 const DELAY_MS: u64 = 50;
 
-/// A lab and a victim, as they were.
-struct Place {
-    lab: Lab,
-    victim: Victim,
-    before: (NetState, HostState),
+fn faults(place: &Place) -> [(&'static str, Target, fault::Kind); 3] {
+    let network = delay(DELAY_MS, Direction::Both, vec![cidr("10.99.0.2/32")]);
+    let memory = MemoryFault { size: Some(memory_fault::Size::Bytes(64 * MIB)), ramp_ns: 0 };
+    [
+        ("delay", interface("near0", place.lab.near.name()), fault::Kind::Network(network)),
+        ("load", process(place.victim.pid()), fault::Kind::Cpu(CpuFault { load: 0.05, workers: 1 })),
+        ("full", process(place.victim.pid()), fault::Kind::Memory(memory)),
+    ]
 }
 
-impl Place {
-    fn new() -> Result<Self> {
-        need_root()?;
-        let (lab, victim) = (Lab::new("upgrade")?, Victim::start("upgrade", 256 * MIB)?);
-        let before = (lab.near.state()?, HostState::capture(&bin_dir())?);
-        Ok(Self { lab, victim, before })
-    }
+fn rtt(place: &Place) -> Result<f64> {
+    place.lab.near.rtt_with("10.99.0.2")
+}
 
-    /// With no agent, the lab and the host are what they were.
-    fn is_restored(&self) -> Result<()> {
-        let left = || -> Result<Vec<String>> {
-            let mut left = self.before.0.changes(&self.lab.near.state()?);
-            left.extend(self.before.1.changes(&HostState::capture(&bin_dir())?));
-            Ok(left)
-        };
-        let restored = || Ok(left()?.is_empty().then_some(()));
-        wait_for("everything to be as before", PATIENCE, restored).with_context(|| format!("{:?}", left()))
-    }
+/// All three faults are felt.
+fn is_hurt(place: &Place) -> Result<()> {
+    let rtt = rtt(place)?;
+    ensure!(rtt > 1.9 * DELAY_MS as f64, "not delayed: {rtt} ms");
+    let stressors = place.victim.cgroup.processes()?.len() - 1;
+    ensure!(stressors == 2, "{stressors} stressors");
+    Ok(())
+}
 
-    fn faults(&self) -> [(&'static str, Target, fault::Kind); 3] {
-        let network = delay(DELAY_MS, Direction::Both, vec![cidr("10.99.0.2/32")]);
-        let memory = MemoryFault { size: Some(memory_fault::Size::Bytes(64 * MIB)), ramp_ns: 0 };
-        [
-            ("delay", interface("near0", self.lab.near.name()), fault::Kind::Network(network)),
-            ("load", process(self.victim.pid()), fault::Kind::Cpu(CpuFault { load: 0.05, workers: 1 })),
-            ("full", process(self.victim.pid()), fault::Kind::Memory(memory)),
-        ]
-    }
-
-    fn rtt(&self) -> Result<f64> {
-        self.lab.near.rtt_with("10.99.0.2")
-    }
-
-    /// All three faults are felt.
-    fn is_hurt(&self) -> Result<()> {
-        let rtt = self.rtt()?;
-        ensure!(rtt > 1.9 * DELAY_MS as f64, "not delayed: {rtt} ms");
-        let stressors = self.victim.cgroup.processes()?.len() - 1;
-        ensure!(stressors == 2, "{stressors} stressors");
-        Ok(())
-    }
-
-    fn is_well(&self) -> Result<()> {
-        let rtt = self.rtt()?;
-        ensure!(rtt < DELAY_MS as f64, "still delayed: {rtt} ms");
-        ensure!(self.victim.is_alone()?, "a stressor is left");
-        Ok(())
-    }
+fn is_well(place: &Place) -> Result<()> {
+    let rtt = rtt(place)?;
+    ensure!(rtt < DELAY_MS as f64, "still delayed: {rtt} ms");
+    ensure!(place.victim.is_alone()?, "a stressor is left");
+    Ok(())
 }
 
 async fn inject(
@@ -124,16 +94,16 @@ fn end(mut agent: Agent) -> Result<()> {
 
 #[tokio::test]
 async fn the_next_agent_takes_over_what_was_live_and_ends_it_when_it_would_have_ended() -> Result<()> {
-    let place = Place::new()?;
+    let place = Place::new("upgrade")?;
     let mut agent = Agent::start(AgentOptions { args: TAKE_OVER, ..AgentOptions::default() }).await?;
     let mut before = Vec::new();
-    for (id, target, kind) in place.faults() {
+    for (id, target, kind) in faults(&place) {
         before.push(inject(&agent, id, target, kind, LONG).await?);
     }
-    place.is_hurt()?;
+    is_hurt(&place)?;
 
     ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
-    place.is_well().context("between the agents")?;
+    is_well(&place).context("between the agents")?;
     place.is_restored().context("between the agents")?;
     assert_eq!((left(&agent)?, fs::read_dir(agent.state_dir().join("journal"))?.count()), (3, 0));
 
@@ -148,7 +118,7 @@ async fn the_next_agent_takes_over_what_was_live_and_ends_it_when_it_would_have_
         ensure!(new.resumed.as_ref().is_some_and(|r| r.gap_ns > 0), "{new:?}");
         ensure!(new.warnings.iter().any(|w| w.contains("resumed by agent")), "{:?}", new.warnings);
     }
-    wait_for("all faults to be felt again", PATIENCE, || Ok(place.is_hurt().ok()))?;
+    wait_for("all faults to be felt again", PATIENCE, || Ok(is_hurt(&place).ok()))?;
     assert_eq!(left(&agent)?, 0, "it would be resumed twice");
     let audit = fs::read_to_string(agent.state_dir().join("audit.jsonl"))?;
     let lines = audit.lines().filter(|l| l.contains("\"Resume\"") && l.contains("\"allowed\"")).count();
@@ -160,7 +130,7 @@ async fn the_next_agent_takes_over_what_was_live_and_ends_it_when_it_would_have_
     ensure!(gone.is_empty(), "{gone:?} cannot be renewed");
     let reverted = client.revert(RevertRequest { ids, all: false }).await?.into_inner().injections;
     ensure!(reverted.iter().all(|i| i.state() == State::Reverted), "{reverted:?}");
-    place.is_well()?;
+    is_well(&place)?;
     // What ended does not come again.
     ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
     place.is_restored()?;
@@ -172,15 +142,15 @@ async fn the_next_agent_takes_over_what_was_live_and_ends_it_when_it_would_have_
 
 #[tokio::test]
 async fn what_was_taken_over_ends_with_the_lease_it_had() -> Result<()> {
-    let place = Place::new()?;
+    let place = Place::new("upgrade")?;
     let mut agent = Agent::start(AgentOptions { args: TAKE_OVER, ..AgentOptions::default() }).await?;
     let (lease, started) = (Duration::from_secs(20), Instant::now());
-    let [(id, target, kind), ..] = place.faults();
+    let [(id, target, kind), ..] = faults(&place);
     inject(&agent, id, target, kind, lease).await?;
     agent.terminate()?;
     agent.restart().await?;
     if one(&agent).await?.state() == State::Active {
-        let ended = || Ok(place.is_well().is_ok().then_some(()));
+        let ended = || Ok(is_well(&place).is_ok().then_some(()));
         wait_for("the lease to end it", lease.saturating_sub(started.elapsed()) + PATIENCE, ended)?;
         ensure!(started.elapsed() > lease / 2, "it ended at once");
     }
@@ -192,8 +162,8 @@ async fn what_was_taken_over_ends_with_the_lease_it_had() -> Result<()> {
 
 #[tokio::test]
 async fn without_being_asked_an_upgrade_ends_what_is_live() -> Result<()> {
-    let place = Place::new()?;
-    let [(id, target, kind), ..] = place.faults();
+    let place = Place::new("upgrade")?;
+    let [(id, target, kind), ..] = faults(&place);
     let mut agent = Agent::start(AgentOptions::default()).await?;
     inject(&agent, id, target.clone(), kind.clone(), LONG).await?;
     agent.terminate()?;
@@ -208,7 +178,7 @@ async fn without_being_asked_an_upgrade_ends_what_is_live() -> Result<()> {
     agent.restart().await?;
     let undone = one(&agent).await?;
     assert_eq!((undone.state(), undone.reason.as_str()), (State::Reverted, "left by an earlier agent"));
-    place.is_well()?;
+    is_well(&place)?;
     end(agent)?;
     place.is_restored()
 }
@@ -220,7 +190,7 @@ async fn meanwhile(
     change: impl FnOnce(&mut Place, &Agent) -> Result<()>,
 ) -> Result<Vec<Injection>> {
     let mut agent = Agent::start(AgentOptions { args: TAKE_OVER, ..AgentOptions::default() }).await?;
-    let [_, (id, target, kind), _] = place.faults();
+    let [_, (id, target, kind), _] = faults(place);
     inject(&agent, id, target, kind, lease).await?;
     agent.terminate()?;
     assert_eq!(left(&agent)?, 1);
@@ -235,7 +205,7 @@ async fn meanwhile(
 
 #[tokio::test]
 async fn a_stop_a_passed_lease_or_another_target_ends_what_was_left_and_says_why() -> Result<()> {
-    let mut place = Place::new()?;
+    let mut place = Place::new("upgrade")?;
     let because = |found: &[Injection], why: &str| -> Result<()> {
         let [one] = found else { anyhow::bail!("not one: {found:?}") };
         ensure!(one.state() == State::Reverted && one.reason.contains(why), "{why}: {one:?}");
