@@ -32,7 +32,7 @@ use squall_common::{
     decide::{self, COPY, Mode},
     histogram::{self, BUCKETS},
     matching::{self, Lookup},
-    packet::{self, Address, Packet},
+    packet::{self, Address, Bytes, Maybe, Packet},
     table::{
         Bucket, CGROUPS, CIDRS, Dimension, Direction, ENDPOINTS, FLOWS, Flow, HISTOGRAM, Lane, QUANTILES,
         RULES, Rule, SETS, TABLES, Table, endpoint,
@@ -40,7 +40,7 @@ use squall_common::{
     tap::{self, Job},
 };
 
-use crate::skb::{Note, Skb, forget, redirect};
+use crate::skb::{Note, Skb, redirect};
 
 /// `BPF_F_MMAPABLE` of linux/bpf.h (kernel 5.5): the agent reads and writes the map as memory.
 const MMAPABLE: u32 = 1 << 10;
@@ -210,7 +210,6 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
         return NEXT;
     }
     let Some(head) = packet::head(&skb, skb.ethertype(), skb.vlan(), link_header, way) else { return NEXT };
-    let head = head.map(|number| forget(number, live));
     let set = matching::by_network(
         table,
         live,
@@ -221,9 +220,12 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
         return NEXT;
     }
     let Some(packet) = head.complete(&skb, way) else { return NEXT };
-    let packet = packet.map(|number| forget(number, live));
-    let mut set =
-        matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet });
+    let set = matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet });
+    // Of the packet these numbers are all that follows needs. The verifier, which went a hundred ways to get here, knows none of
+    // them, and so goes on once.
+    let mut set = skb.forget(set);
+    let flow = skb.forget(packet.flow());
+    let whole = skb.forget(u64::from(whole)) != 0;
     // SAFETY: the helper takes no argument and cannot fail.
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // A rule that has not begun or is over, or makes an exception of this packet, must not shadow those behind it.
@@ -234,7 +236,7 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
         }
         let clause = set.trailing_zeros() as usize & 63;
         let candidate = table.rule_of[clause].load() as usize & (RULES - 1);
-        if table.except.load() & (1 << clause) == 0 && table.rules[candidate].acts_at(now) {
+        if table.except.load() & (1 << clause) == 0 && table.rules[candidate].acts_at(skb.forget(now)) {
             index = candidate;
             break;
         }
@@ -245,7 +247,7 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     }
     // Behind the loop, so that the verifier looks at what follows once.
     let rule = &table.rules[index];
-    Place { ctx, skb: &skb, hook, table, index, rule, boot: now }.act::<FETCH>(&packet, whole)
+    Place { ctx, skb: &skb, hook, table, index, rule, boot: now, flow }.act::<FETCH>(packet.tcp_flags, whole)
 }
 
 /// A packet that a rule is about.
@@ -259,11 +261,13 @@ struct Place<'a> {
     rule: &'a Rule,
     /// `CLOCK_BOOTTIME` in nanoseconds.
     boot: u64,
+    /// What all packets of its flow share.
+    flow: u64,
 }
 
 impl Place<'_> {
     #[inline(always)]
-    fn act<const FETCH: bool>(&self, packet: &Packet, whole: bool) -> i32 {
+    fn act<const FETCH: bool>(&self, tcp_flags: Maybe, whole: bool) -> i32 {
         let Self { ctx, skb, hook, rule, index, .. } = *self;
         let action = &rule.action;
         let segments = skb.segments();
@@ -286,12 +290,12 @@ impl Place<'_> {
             rule.first_match.store(self.boot);
             aya_log_ebpf::info!(ctx, "interface {}: rule {} has its first packet", skb.ifindex(), index);
         }
-        if !decide::touched(action, n, || packet.flow()) {
+        if !decide::touched(action, n, || self.flow) {
             return NEXT;
         }
         let mode = action.mode.load();
         if mode != Mode::Hurt as u64 {
-            return self.answer(packet, mode);
+            return self.answer(tcp_flags, mode);
         }
         let twice = decide::duplicated(action, &rule.memory, n);
         let mut lost = decide::lost(action, &rule.memory, n);
@@ -313,26 +317,26 @@ impl Place<'_> {
             if decide::lost(action, &rule.memory, n | COPY) {
                 rule.dropped.add(1);
             } else {
-                self.send_copy(packet, n | COPY);
+                self.send_copy(n | COPY);
             }
         }
-        self.send(packet, n)
+        self.send(n)
     }
 
     /// Refuses, resets, cuts, or lets the agent look into DNS.
     #[inline(always)]
-    fn answer(&self, packet: &Packet, mode: u64) -> i32 {
+    fn answer(&self, tcp_flags: Maybe, mode: u64) -> i32 {
         let job = if mode == Mode::Refuse as u64 {
             Job::Refuse
         } else if mode == Mode::Dns as u64 {
             Job::Dns
         } else {
             // What ends a connection is nobody's to end.
-            if packet.tcp_flags.get().is_none_or(|flags| flags & RST != 0) {
+            if tcp_flags.get().is_none_or(|flags| flags & RST != 0) {
                 return NEXT;
             }
             if mode == Mode::Cut as u64 {
-                let passed = self.flow(packet, |flow| {
+                let passed = self.remember(|flow| {
                     flow.bytes += self.skb.wire_len(self.hook);
                     flow.bytes
                 });
@@ -353,7 +357,7 @@ impl Place<'_> {
 
     /// When the packet may go, and how: `None` where it waits for too much already.
     #[inline(always)]
-    fn fate(&self, packet: &Packet, n: u64, now: u64) -> Option<Fate> {
+    fn fate(&self, n: u64, now: u64) -> Option<Fate> {
         let (action, memory) = (&self.rule.action, &self.rule.memory);
         let corrupt = decide::corrupted(action, memory, n);
         let ahead = decide::ahead(action, memory, n);
@@ -380,7 +384,7 @@ impl Place<'_> {
             due = from + by;
         }
         if action.keep_order.load() != 0 {
-            due = self.flow(packet, |flow| {
+            due = self.remember(|flow| {
                 if flow.last > due && flow.last < due + FARTHEST {
                     due = flow.last;
                 }
@@ -400,9 +404,9 @@ impl Place<'_> {
 
     /// Sends the packet on its way.
     #[inline(always)]
-    fn send(&self, packet: &Packet, n: u64) -> i32 {
+    fn send(&self, n: u64) -> i32 {
         let now = monotonic();
-        let Some(fate) = self.fate(packet, n, now) else {
+        let Some(fate) = self.fate(n, now) else {
             self.rule.dropped.add(1);
             return lose(self.hook);
         };
@@ -439,9 +443,9 @@ impl Place<'_> {
 
     /// Sends a second copy of the packet.
     #[inline(always)]
-    fn send_copy(&self, packet: &Packet, n: u64) {
+    fn send_copy(&self, n: u64) {
         let now = monotonic();
-        let Some(fate) = self.fate(packet, n, now) else {
+        let Some(fate) = self.fate(n, now) else {
             self.rule.dropped.add(1);
             return;
         };
@@ -505,8 +509,8 @@ impl Place<'_> {
 
     /// Looks at what the rule remembers of the packet's flow, and changes it.
     #[inline(always)]
-    fn flow(&self, packet: &Packet, f: impl FnOnce(&mut Flow) -> u64) -> u64 {
-        let key = decide::hash(packet.flow(), self.index as u64, self.rule.not_before.load());
+    fn remember(&self, f: impl FnOnce(&mut Flow) -> u64) -> u64 {
+        let key = decide::hash(self.flow, self.index as u64, self.rule.not_before.load());
         if let Some(flow) = FLOW_TABLE.get_ptr_mut(key) {
             // SAFETY: the value stays valid while the program runs. Two packets of a flow at the same moment may overwrite
             // each other's change, which costs one packet's bytes.

@@ -23,6 +23,8 @@ use squall_common::{
 /// A packet, valid while the program runs.
 pub(crate) struct Skb<'a> {
     ptr: *mut __sk_buff,
+    /// A number of which the verifier knows nothing.
+    unknown: u64,
     _ctx: &'a TcContext,
 }
 
@@ -99,7 +101,9 @@ macro_rules! set_field {
 impl<'a> Skb<'a> {
     #[inline(always)]
     pub(crate) fn new(ctx: &'a TcContext) -> Self {
-        Self { ptr: ctx.skb.skb, _ctx: ctx }
+        let mut skb = Self { ptr: ctx.skb.skb, unknown: 0, _ctx: ctx };
+        skb.unknown = u64::from(field!(skb, len));
+        skb
     }
 
     /// Length of the packet on the wire in bytes. Where it leaves, the headers of each segment count (`qdisc_skb_cb`'s
@@ -237,18 +241,6 @@ impl<'a> Skb<'a> {
     }
 }
 
-/// The same number, of which the verifier knows nothing any more. It follows a program once for each thing it knows: a header
-/// that may be in ten places would have all that comes after it looked at ten times.
-#[inline(always)]
-pub(crate) fn forget(number: u64, unknown: u64) -> u64 {
-    let mut number = number;
-    // SAFETY: two exclusive-ors with the same number change nothing, and no memory is touched.
-    unsafe {
-        core::arch::asm!("{n} ^= {u}", "{n} ^= {u}", n = inout(reg) number, u = in(reg) unknown);
-    }
-    number
-}
-
 /// The verdict that sends the packet of this program out of (or into) an interface.
 #[inline(always)]
 pub(crate) fn redirect(ifindex: u32, ingress: bool) -> i32 {
@@ -276,5 +268,15 @@ impl Bytes for Skb<'_> {
         }
         // SAFETY: the helper succeeded, so all bytes are written.
         Some(unsafe { bytes.assume_init() })
+    }
+
+    #[inline(always)]
+    fn forget(&self, number: u64) -> u64 {
+        let mut number = number;
+        // SAFETY: two exclusive-ors with the same number change nothing, and no memory is touched.
+        unsafe {
+            core::arch::asm!("{n} ^= {u}", "{n} ^= {u}", n = inout(reg) number, u = in(reg) self.unknown);
+        }
+        number
     }
 }

@@ -72,22 +72,6 @@ pub struct Packet {
 }
 
 impl Packet {
-    /// Does something to every number in it.
-    #[inline(always)]
-    #[must_use]
-    pub fn map(self, f: impl Fn(u64) -> u64) -> Self {
-        Self {
-            peer: self.peer,
-            kind: f(self.kind) & 3,
-            port_pair: Maybe(f(self.port_pair.0)),
-            tcp_flags: Maybe(f(self.tcp_flags.0)),
-            icmp_type: Maybe(f(self.icmp_type.0)),
-            dscp: f(self.dscp) & 63,
-            fragment: f(self.fragment) & 1,
-            vlan: f(self.vlan) & u64::from(VLAN_ID),
-        }
-    }
-
     /// Ports of the peer and of the target.
     #[inline(always)]
     #[must_use]
@@ -118,6 +102,12 @@ impl Packet {
 pub trait Bytes {
     /// `N` bytes at an offset, or `None` past the end.
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// The same number, of which the verifier knows nothing any more. It follows a program once for each thing it knows: a
+    /// header that may be in ten places would have all that comes after it looked at ten times.
+    fn forget(&self, number: u64) -> u64 {
+        number
+    }
 }
 
 impl Bytes for [u8] {
@@ -166,17 +156,6 @@ pub struct Head {
 const FARTHEST: usize = 0x7fff;
 
 impl Head {
-    /// Does something to every number in it.
-    #[inline(always)]
-    #[must_use]
-    pub fn map(self, f: impl Fn(u64) -> u64) -> Self {
-        Self {
-            packet: self.packet.map(&f),
-            next: f(self.next) & 0xff,
-            offset: f(self.offset as u64) as usize & FARTHEST,
-        }
-    }
-
     /// Reads the transport's header. `None` for neighbour discovery: see [`head`].
     #[inline(always)]
     #[must_use]
@@ -190,9 +169,9 @@ impl Head {
             {
                 return None;
             }
-            packet.port_pair = inner.port_pair;
-            packet.tcp_flags = inner.tcp_flags;
-            packet.icmp_type = inner.icmp_type;
+            packet.port_pair = Maybe(bytes.forget(inner.port_pair.0));
+            packet.tcp_flags = Maybe(bytes.forget(inner.tcp_flags.0));
+            packet.icmp_type = Maybe(bytes.forget(inner.icmp_type.0));
         }
         Some(packet)
     }
@@ -237,6 +216,9 @@ pub fn head(
         ethertype = u16::from_be_bytes([hi, lo]);
         offset += 4;
     }
+    let ethertype = bytes.forget(u64::from(ethertype)) as u16;
+    let offset = bytes.forget(offset as u64) as usize & FARTHEST;
+    let vlan = bytes.forget(u64::from(vlan)) as u16 & VLAN_ID;
     match ethertype {
         ETH_P_IP => parse_v4(bytes, offset, vlan, way),
         ETH_P_IPV6 => parse_v6(bytes, offset, vlan, way),
@@ -254,19 +236,20 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
         Direction::Ingress => [header[12], header[13], header[14], header[15]],
     };
     let next = header[9];
+    let transport = if fragments << 3 == 0 { offset + length } else { 0 };
     Some(Head {
         packet: Packet {
             peer: Address::V4(peer),
-            kind: protocol(next) as u64,
+            kind: kind(bytes, next),
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
             icmp_type: Maybe::NONE,
             dscp: u64::from(header[1] >> 2),
-            fragment: u64::from(fragments & 0x3fff != 0),
+            fragment: bytes.forget(u64::from(fragments & 0x3fff != 0)) & 1,
             vlan: u64::from(vlan),
         },
         next: u64::from(next),
-        offset: if fragments << 3 == 0 { offset + length } else { 0 },
+        offset: bytes.forget(transport as u64) as usize & FARTHEST,
     })
 }
 
@@ -301,24 +284,29 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
             }
             _ => break,
         };
-        offset += length;
+        offset = bytes.forget((offset + length) as u64) as usize & FARTHEST;
+        next = bytes.forget(u64::from(next)) as u8;
+        fragment = bytes.forget(u64::from(fragment)) & 1 != 0;
+        later = bytes.forget(u64::from(later)) & 1 != 0;
         if later {
             break;
         }
     }
+    let next = bytes.forget(u64::from(next)) as u8;
+    let transport = if later { 0 } else { offset };
     Some(Head {
         packet: Packet {
             peer: Address::V6(peer),
-            kind: protocol(next) as u64,
+            kind: kind(bytes, next),
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
             icmp_type: Maybe::NONE,
             dscp: u64::from(dscp),
-            fragment: u64::from(fragment),
+            fragment: bytes.forget(u64::from(fragment)) & 1,
             vlan: u64::from(vlan),
         },
         next: u64::from(next),
-        offset: if later { 0 } else { offset },
+        offset: bytes.forget(transport as u64) as usize & FARTHEST,
     })
 }
 
@@ -369,13 +357,14 @@ fn pair(header: [u8; 4], way: Direction) -> Maybe {
 }
 
 #[inline(always)]
-fn protocol(number: u8) -> Protocol {
-    match number {
+fn kind(bytes: &(impl Bytes + ?Sized), protocol: u8) -> u64 {
+    let kind = match protocol {
         IPPROTO_TCP => Protocol::Tcp,
         IPPROTO_UDP => Protocol::Udp,
         IPPROTO_ICMP | IPPROTO_ICMPV6 => Protocol::Icmp,
         _ => Protocol::Other,
-    }
+    };
+    bytes.forget(kind as u64) & 3
 }
 
 #[cfg(test)]
