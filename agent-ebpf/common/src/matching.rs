@@ -44,7 +44,7 @@ pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup)
     }
     let any = table.any_peer.load();
     if set & !any != 0 {
-        set &= any | maps.peer(packet.peer);
+        set &= any | maps.peer(packet.peer.address());
     }
     set
 }

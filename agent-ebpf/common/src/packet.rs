@@ -49,11 +49,56 @@ impl Maybe {
     }
 }
 
+/// The address of a packet's peer as numbers, all of which are there for both versions: what one of them does not have, the
+/// compiler reads where it needs it soon, and verifiers before 6.3 let nothing be read that was not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer {
+    /// 1 for IPv6, otherwise 0.
+    pub v6: u64,
+    /// The first half of an IPv6 address; otherwise 0.
+    pub high: u64,
+    /// The second half, or an IPv4 address.
+    pub low: u64,
+}
+
+impl From<Address> for Peer {
+    #[inline(always)]
+    fn from(address: Address) -> Self {
+        match address {
+            Address::V4(a) => Self { v6: 0, high: 0, low: u64::from(u32::from_be_bytes(a)) },
+            Address::V6([a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7]) => Self {
+                v6: 1,
+                high: u64::from_be_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+                low: u64::from_be_bytes([b0, b1, b2, b3, b4, b5, b6, b7]),
+            },
+        }
+    }
+}
+
+impl Peer {
+    #[inline(always)]
+    fn forgotten(self, bytes: &(impl Bytes + ?Sized)) -> Self {
+        Self { v6: bytes.forget(self.v6) & 1, high: bytes.forget(self.high), low: bytes.forget(self.low) }
+    }
+
+    /// What it is looked up by.
+    #[inline(always)]
+    #[must_use]
+    pub fn address(self) -> Address {
+        if self.v6 == 0 {
+            return Address::V4((self.low as u32).to_be_bytes());
+        }
+        let ([a0, a1, a2, a3, a4, a5, a6, a7], [b0, b1, b2, b3, b4, b5, b6, b7]) =
+            (self.high.to_be_bytes(), self.low.to_be_bytes());
+        Address::V6([a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7])
+    }
+}
+
 /// A packet, seen from the target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
     /// The remote address: destination at egress, source at ingress.
-    pub peer: Address,
+    pub peer: Peer,
     /// The transport protocol, a [`Protocol`].
     pub kind: u64,
     /// The peer's port in the upper half, the target's in the lower. None for protocols without ports and for every fragment
@@ -83,18 +128,8 @@ impl Packet {
     #[inline(always)]
     #[must_use]
     pub fn flow(&self) -> u64 {
-        let (high, low) = match self.peer {
-            Address::V4(a) => (0, u64::from(u32::from_be_bytes(a))),
-            Address::V6(a) => {
-                let [a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7] = a;
-                (
-                    u64::from_be_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-                    u64::from_be_bytes([b0, b1, b2, b3, b4, b5, b6, b7]),
-                )
-            }
-        };
         let rest = self.kind << 32 | u64::from(self.port_pair.get().unwrap_or(0));
-        hash(high, low, rest)
+        hash(self.peer.high, self.peer.low, rest)
     }
 }
 
@@ -239,7 +274,7 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     let transport = if fragments << 3 == 0 { offset + length } else { 0 };
     Some(Head {
         packet: Packet {
-            peer: Address::V4(peer),
+            peer: Peer::from(Address::V4(peer)).forgotten(bytes),
             kind: kind(bytes, next),
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
@@ -296,7 +331,7 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     let transport = if later { 0 } else { offset };
     Some(Head {
         packet: Packet {
-            peer: Address::V6(peer),
+            peer: Peer::from(Address::V6(peer)).forgotten(bytes),
             kind: kind(bytes, next),
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
@@ -402,11 +437,11 @@ mod tests {
     fn the_peer_is_the_far_side_whichever_way_the_packet_goes() {
         let p = v4(6, 0, 0, &SEGMENT);
         let out = read(&p, ETH_P_IP, Direction::Egress).unwrap();
-        assert_eq!(out.peer, Address::V4([10, 0, 0, 2]));
+        assert_eq!(out.peer.address(), Address::V4([10, 0, 0, 2]));
         assert_eq!(out.ports(), Some((6379, 1000)));
         assert_eq!(out.kind, Protocol::Tcp as u64);
         let back = read(&p, ETH_P_IP, Direction::Ingress).unwrap();
-        assert_eq!(back.peer, Address::V4([10, 0, 0, 1]));
+        assert_eq!(back.peer.address(), Address::V4([10, 0, 0, 1]));
         assert_eq!(back.ports(), Some((1000, 6379)));
     }
 
@@ -467,7 +502,7 @@ mod tests {
         chain.extend(SEGMENT);
         let p = read(&v6(0, &chain), ETH_P_IPV6, Direction::Ingress).unwrap();
         assert_eq!(p.ports(), Some((1000, 6379)));
-        assert_eq!(p.peer, Address::V6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]));
+        assert_eq!(p.peer.address(), Address::V6([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]));
 
         let mut long = Vec::new();
         for _ in 0..EXTENSIONS {

@@ -230,7 +230,7 @@ mod tests {
     use super::*;
     use crate::{
         matching::{self, Lookup},
-        packet::{Maybe, Packet},
+        packet::{Maybe, Packet, Peer},
         table::{Direction, Table},
     };
 
@@ -318,7 +318,8 @@ mod tests {
             Direction::Egress => clause.egress,
             Direction::Ingress => clause.ingress,
         }) && clause.protocol.is_none_or(|p| p as u64 == packet.kind)
-            && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host(packet.peer))))
+            && (clause.cidrs.is_empty()
+                || clause.cidrs.iter().any(|c| c.covers(&host(packet.peer.address()))))
             && within(&clause.peer_ports, packet.ports().map(|p| p.0))
             && within(&clause.local_ports, packet.ports().map(|p| p.1))
             && (clause.dscp.is_empty() || clause.dscp.iter().any(|&d| u64::from(d) == packet.dscp))
@@ -379,7 +380,7 @@ mod tests {
         ) -> Packet {
             let maybe = |number: Option<u32>| number.map_or(Maybe::NONE, Maybe::some);
             Packet {
-                peer,
+                peer: Peer::from(peer),
                 kind: protocol as u64,
                 port_pair: maybe(ports.map(|(peer, local)| u32::from(peer) << 16 | u32::from(local))),
                 tcp_flags: maybe(tcp_flags),
