@@ -1,7 +1,8 @@
 //! The agent is killed at every step of every fault, and every step is made to fail once: nothing is left of it.
 //!
-//! With `SQUALL_SWEEP=full` at every passing of every point and with every error; else each point and each error has its
-//! turn once. `SQUALL_SCENARIOS` names the faults to do this with, with a comma between them.
+//! With `SQUALL_SWEEP=full` at every passing of every point and with every error; with `SQUALL_SWEEP=each` every point has its
+//! turn once in each fault; else each point and each error has its turn once. `SQUALL_SCENARIOS` names the faults to do this with,
+//! with a comma between them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -246,8 +247,12 @@ fn one(injections: Vec<Injection>) -> Result<Injection> {
     Ok(injection)
 }
 
+fn sweep_is(what: &str) -> bool {
+    env::var_os("SQUALL_SWEEP").as_deref() == Some(OsStr::new(what))
+}
+
 fn full() -> bool {
-    env::var_os("SQUALL_SWEEP").as_deref() == Some(OsStr::new("full"))
+    sweep_is("full")
 }
 
 /// What was done so far.
@@ -570,6 +575,9 @@ async fn sigkill_at_every_crash_point_leaves_nothing() -> Result<()> {
         sweep.scenario(&scenario).await.with_context(|| scenario.name.to_owned())?;
         sweep.replay(&scenario).await.with_context(|| format!("{}, replayed", scenario.name))?;
         sweep.upgrade(&scenario).await.with_context(|| format!("{}, at an upgrade", scenario.name))?;
+        if sweep_is("each") {
+            sweep.tally.turns.clear();
+        }
         println!("{}: {} kills in {:.1?}", scenario.name, sweep.tally.done - before, started.elapsed());
     }
     sweep.start().await.context("at the start")?;

@@ -105,7 +105,8 @@ impl HostState {
             // iproute2 prints nothing at all where there is nothing to list.
             if text.trim().is_empty() { Ok(Vec::new()) } else { Ok(serde_json::from_str(&text)?) }
         };
-        let links = list(tool("ip", &["-j", "-d", "link", "show"])?).context("ip's links are not JSON")?;
+        // Links with their addresses.
+        let links = list(tool("ip", &["-j", "-d", "addr", "show"])?).context("ip's links are not JSON")?;
         let qdiscs = list(tool("tc", &["-j", "qdisc", "show"])?).context("tc's qdiscs are not JSON")?;
         let mut filters = BTreeSet::new();
         for qdisc in qdiscs.iter().filter(|q| matches!(q["kind"].as_str(), Some("clsact" | "ingress"))) {
@@ -123,7 +124,7 @@ impl HostState {
             links: lines(&links, &["/ifname", "/linkinfo/info_kind", "/mtu", "/qdisc"]),
             qdiscs: lines(&qdiscs, &["/dev", "/kind", "/handle", "/parent", "/root"]),
             filters,
-            addresses: addresses(&list(tool("ip", &["-j", "addr", "show"])?)?),
+            addresses: addresses(&links),
             settings,
             offloads,
         })
