@@ -25,6 +25,8 @@ pub(crate) struct Behaviour {
     pub(crate) refuses: bool,
     /// What is fired fails.
     pub(crate) fire_fails: bool,
+    /// What is fired is in force so much later.
+    pub(crate) fire_takes: Duration,
     /// Faults never touch anything.
     pub(crate) idle: bool,
     /// So many reverts fail.
@@ -169,7 +171,9 @@ impl v1::agent_server::Agent for Service {
     }
 
     async fn fire(&self, request: Request<v1::FireRequest>) -> Reply<v1::FireResponse> {
-        let mut behaviour = self.called("fire")?;
+        let takes = self.called("fire")?.fire_takes;
+        sleep(takes).await;
+        let mut behaviour = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let (fails, idle) = (behaviour.fire_fails, behaviour.idle);
         let mut injections = Vec::new();
         for id in request.into_inner().ids {
