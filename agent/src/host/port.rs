@@ -1103,7 +1103,7 @@ mod tests {
 
     /// What a person means by a clause.
     fn means(clause: &Clause, packet: &Packet, way: Direction) -> bool {
-        let host = match packet.peer {
+        let host = match packet.peer.address() {
             Address::V4(a) => Cidr::new(IpAddr::from(a), 32),
             Address::V6(a) => Cidr::new(IpAddr::from(a), 128),
         };
