@@ -50,7 +50,7 @@ impl Maybe {
 }
 
 /// The address of a packet's peer as numbers, all of which are there for both versions: what one of them does not have, the
-/// compiler reads where it needs it soon, and verifiers before 6.3 let nothing be read that was not written.
+/// compiler reads where it needs it soon, and the verifier of 5.10 lets nothing be read that was not written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
     /// 1 for IPv6, otherwise 0.
