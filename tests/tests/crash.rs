@@ -145,6 +145,8 @@ struct Scenario {
 fn scenarios(world: &World) -> Vec<Scenario> {
     let all = all_scenarios(world);
     let Some(wanted) = wanted() else { return all };
+    let unknown = wanted.split(',').find(|name| all.iter().all(|scenario| scenario.name != *name));
+    assert_eq!(unknown, None, "no such scenario");
     all.into_iter().filter(|scenario| wanted.split(',').any(|name| name == scenario.name)).collect()
 }
 
