@@ -9,7 +9,7 @@ mod crash;
 mod engine;
 mod fault;
 mod frame;
-#[cfg(fuzzing)]
+#[cfg(any(fuzzing, test))]
 #[path = "../../tests/fuzz/agent.rs"]
 mod fuzz;
 mod host;

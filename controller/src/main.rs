@@ -13,7 +13,7 @@ mod event;
 mod fake;
 mod faults;
 mod fold;
-#[cfg(fuzzing)]
+#[cfg(any(fuzzing, test))]
 #[path = "../../tests/fuzz/controller.rs"]
 mod fuzz;
 mod gate;

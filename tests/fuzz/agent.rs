@@ -1,10 +1,13 @@
 //! What libFuzzer runs in place of `main` in a build with `--cfg fuzzing`: the agent's parsers, the one that
 //! `SQUALL_FUZZ` names. Each takes any bytes without a panic, and keeps what is asserted.
 
-use std::{env, path::Path, sync::LazyLock, time::Duration};
+#[cfg(test)]
+use std::fs;
+#[cfg(fuzzing)]
+use std::{env, sync::LazyLock};
+use std::{path::Path, time::Duration};
 
 use etherparse::SlicedPacket;
-use libfuzzer_sys::fuzz_target;
 use procfs::{FromBufRead, ProcessCGroups};
 use prost::Message;
 use squall_common::{packet, quantiles::Quantiles, table::Direction};
@@ -22,20 +25,47 @@ use crate::{
     target::Selector,
 };
 
-static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| match env::var("SQUALL_FUZZ").as_deref() {
-    Ok("arm") => arm,
-    Ok("cgroup") => cgroup,
-    Ok("frame") => frame,
-    Ok("journal") => journal,
-    Ok("packet") => packet,
-    Ok("proc") => proc,
-    Ok("resolve") => resolve,
-    Ok("sockets") => sockets,
-    Ok("table") => table,
-    other => panic!("SQUALL_FUZZ is {other:?}, which is no directory of tests/fuzz/corpus/squall-agent"),
+const TARGETS: [(&str, fn(&[u8])); 9] = [
+    ("arm", arm),
+    ("cgroup", cgroup),
+    ("frame", frame),
+    ("journal", journal),
+    ("packet", packet),
+    ("proc", proc),
+    ("resolve", resolve),
+    ("sockets", sockets),
+    ("table", table),
+];
+
+#[cfg(fuzzing)]
+static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+    let name = env::var("SQUALL_FUZZ").unwrap_or_default();
+    TARGETS.iter().find(|(known, _)| *known == name).expect("SQUALL_FUZZ names a target").1
 });
 
-fuzz_target!(|data: &[u8]| TARGET(data));
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(data));
+
+/// What fuzzing found worth keeping, without libFuzzer: so every ordinary test run compiles the targets, and runs them.
+#[cfg(test)]
+#[test]
+fn targets_take_their_corpora() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/squall-agent");
+    assert_eq!(
+        fs::read_dir(&corpus).expect("a directory").count(),
+        TARGETS.len(),
+        "each target has a corpus"
+    );
+    for (name, target) in TARGETS {
+        let mut inputs = 0;
+        for entry in fs::read_dir(corpus.join(name)).expect("a corpus") {
+            let data = fs::read(entry.expect("an entry").path()).expect("an input");
+            target(&data);
+            inputs += 1;
+        }
+        assert!(inputs > 0, "the corpus of {name} is empty");
+    }
+}
 
 /// An order as it comes from a client.
 fn arm(data: &[u8]) {
@@ -120,8 +150,13 @@ fn packet(data: &[u8]) {
     let (ethertype, vlan) = (u16::from_be_bytes([*high, *low]), (*vlan).into());
     let parse = |way| packet::parse(bytes, ethertype, vlan, (*offset).into(), way);
     let (Some(out), Some(back)) = (parse(Direction::Egress), parse(Direction::Ingress)) else { return };
-    assert!(out.dscp < 64 && out.fragment < 2 && out.kind < 4);
-    assert_eq!(out.map(|n| n), out, "every number is within its mask");
+    assert!(out.dscp < 64 && out.fragment < 2 && out.kind < 4 && out.peer.v6 < 2);
+    assert!(out.vlan <= packet::VLAN_ID.into());
+    assert!(
+        out.peer.v6 == 1 || out.peer.high == 0 && out.peer.low <= u32::MAX.into(),
+        "an IPv4 address is 32 bits"
+    );
+    assert!(out.icmp_type.get().is_none_or(|kind| kind < 256));
     assert_eq!(out.ports(), back.ports().map(|(peer, own)| (own, peer)));
 }
 

@@ -1,9 +1,11 @@
 //! What libFuzzer runs in place of `main` in a build with `--cfg fuzzing`: the controller's parsers, the one that
 //! `SQUALL_FUZZ` names. Each takes any text without a panic, and keeps what is asserted.
 
-use std::{env, path::Path, sync::LazyLock};
-
-use libfuzzer_sys::fuzz_target;
+#[cfg(test)]
+use std::fs;
+use std::path::Path;
+#[cfg(fuzzing)]
+use std::{env, sync::LazyLock};
 
 use crate::{
     outline,
@@ -11,14 +13,38 @@ use crate::{
     probe::exposition,
 };
 
-static TARGET: LazyLock<fn(&str)> = LazyLock::new(|| match env::var("SQUALL_FUZZ").as_deref() {
-    Ok("distribution") => distribution,
-    Ok("exposition") => exposition,
-    Ok("plan") => plan,
-    other => panic!("SQUALL_FUZZ is {other:?}, which is no directory of tests/fuzz/corpus/squall"),
+const TARGETS: [(&str, fn(&str)); 3] =
+    [("distribution", distribution), ("exposition", exposition), ("plan", plan)];
+
+#[cfg(fuzzing)]
+static TARGET: LazyLock<fn(&str)> = LazyLock::new(|| {
+    let name = env::var("SQUALL_FUZZ").unwrap_or_default();
+    TARGETS.iter().find(|(known, _)| *known == name).expect("SQUALL_FUZZ names a target").1
 });
 
-fuzz_target!(|data: &[u8]| TARGET(&String::from_utf8_lossy(data)));
+#[cfg(fuzzing)]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(&String::from_utf8_lossy(data)));
+
+/// What fuzzing found worth keeping, without libFuzzer: so every ordinary test run compiles the targets, and runs them.
+#[cfg(test)]
+#[test]
+fn targets_take_their_corpora() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/squall");
+    assert_eq!(
+        fs::read_dir(&corpus).expect("a directory").count(),
+        TARGETS.len(),
+        "each target has a corpus"
+    );
+    for (name, target) in TARGETS {
+        let mut inputs = 0;
+        for entry in fs::read_dir(corpus.join(name)).expect("a corpus") {
+            let data = fs::read(entry.expect("an entry").path()).expect("an input");
+            target(&String::from_utf8_lossy(&data));
+            inputs += 1;
+        }
+        assert!(inputs > 0, "the corpus of {name} is empty");
+    }
+}
 
 fn distribution(text: &str) {
     match units::table(text) {
