@@ -29,10 +29,16 @@ fn cargo_bin() -> Option<PathBuf> {
     Some(home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")))?.join("bin"))
 }
 
-/// The cargo that runs this.
+/// The cargo that runs this. What it says about us (`CARGO_PKG_…`) is not for what it builds: there are build scripts that run again
+/// where that differs (ring's), and a build by hand would undo ours.
 pub(crate) fn cargo<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(args).current_dir(crate::workspace());
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            command.env_remove(name);
+        }
+    }
     command
 }
 
