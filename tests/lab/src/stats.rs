@@ -1,6 +1,6 @@
 //! Whether what was counted is what was asked for: intervals, runs, and the distance between two samples.
 
-use statrs::distribution::{Beta, ContinuousCDF};
+use statrs::distribution::{Beta, ContinuousCDF, StudentsT};
 
 /// The normal quantile of a two-sided 99 % interval.
 pub const Z99: f64 = 2.575_829_303_548_901;
@@ -93,6 +93,21 @@ pub fn mean(sample: &[f64]) -> (f64, f64) {
     let mean = sample.iter().sum::<f64>() / n;
     let variance = sample.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
     (mean, if sample.len() < 2 { f64::INFINITY } else { (variance / n).sqrt() })
+}
+
+/// How two sides compare that were measured in pairs of turns: the geometric mean of each side's turns, whose ratio is that of the
+/// pairs' ratios, so that neither side gains by the noise; and the 95 % interval of the ratio (Student's), which is everything
+/// where there is one pair only.
+#[must_use]
+pub fn compare_pairs([ours, theirs]: &[Vec<f64>; 2]) -> ([f64; 2], [f64; 2]) {
+    let logarithms = |turns: &[f64]| turns.iter().map(|x| x.ln()).collect::<Vec<_>>();
+    let (ours, theirs) = (logarithms(ours), logarithms(theirs));
+    let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(ours, theirs)| ours - theirs).collect();
+    let (ratio, error) = mean(&ratios);
+    let freedom = (ratios.len() as f64 - 1.0).max(1.0);
+    let t = StudentsT::new(0.0, 1.0, freedom).map_or(f64::INFINITY, |t| t.inverse_cdf(0.975));
+    let interval = [ratio - t * error, ratio + t * error].map(f64::exp);
+    ([mean(&ours).0.exp(), mean(&theirs).0.exp()], interval)
 }
 
 /// The share of hits, and half the width of its 99 % interval, where hits may come in bursts: from fifty parts, which are
@@ -243,6 +258,23 @@ mod tests {
             next() < if bad { chain.bad } else { chain.good }
         };
         (0..n).map(|_| step()).collect()
+    }
+
+    #[test]
+    fn pairs_of_turns_are_compared_by_ratio() {
+        let ([ours, theirs], [low, high]) = compare_pairs(&[vec![1.0, 4.0], vec![2.0, 2.0]]);
+        assert!((ours - 2.0).abs() < 1e-9 && (theirs - 2.0).abs() < 1e-9, "{ours} {theirs}");
+        // Student's quantile for one degree of freedom is 12.706, and the error is ln 2.
+        assert!(
+            (high.ln() - 12.706 * 2_f64.ln()).abs() < 1e-3 && (low * high - 1.0).abs() < 1e-9,
+            "{low} {high}"
+        );
+        // With the sides exchanged it is the inverse.
+        let ([a, b], inverse) = compare_pairs(&[vec![2.0, 5.0, 3.0], vec![1.0, 4.0, 7.0]]);
+        let ([c, d], interval) = compare_pairs(&[vec![1.0, 4.0, 7.0], vec![2.0, 5.0, 3.0]]);
+        assert!((a / b - d / c).abs() < 1e-9 && (inverse[0] * interval[1] - 1.0).abs() < 1e-9);
+        // One pair says nothing.
+        assert_eq!(compare_pairs(&[vec![3.0], vec![3.0]]).1, [0.0, f64::INFINITY]);
     }
 
     #[test]

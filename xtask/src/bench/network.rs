@@ -225,8 +225,8 @@ fn page(all: &[Results]) -> String {
         Made by `cargo xtask bench network` (kernels in VMs, in QEMU without KVM) and `cargo xtask bench network --host`, as \
         root. The two sides hurt the same wire in turns, in one boot: a veth pair between two network namespaces, hurt where \
         packets leave. A VM without KVM is slow and shares the machine, so that times have outliers; ratios of the same run \
-        are what counts. Of throughputs and of p99s the best turns are shown, and the best turns must reach the limit, or the \
-        mean over the pairs of turns within its own 95 % interval. netem has no part in rows without its figure; what they must reach follows from what was asked.\n\n"
+        are what counts. Of throughputs, spreads and p99s the geometric means of the turns are shown, and their ratio must reach the \
+        limit, or its 95 % interval must where that is narrower than 0.2. netem has no part in rows without its figure; what they must reach follows from what was asked.\n\n"
         .to_owned();
     page.push_str("| kernel | measured | rows | missed |\n|---|---|--:|--:|\n");
     for results in all {
