@@ -25,7 +25,10 @@ use crate::{
     target::Selector,
 };
 
-const TARGETS: [(&str, fn(&[u8])); 9] = [
+/// Takes any input.
+type Parser = fn(&[u8]);
+
+const TARGETS: [(&str, Parser); 9] = [
     ("arm", arm),
     ("cgroup", cgroup),
     ("frame", frame),
@@ -38,7 +41,7 @@ const TARGETS: [(&str, fn(&[u8])); 9] = [
 ];
 
 #[cfg(fuzzing)]
-static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+static TARGET: LazyLock<Parser> = LazyLock::new(|| {
     let name = env::var("SQUALL_FUZZ").unwrap_or_default();
     TARGETS.iter().find(|(known, _)| *known == name).expect("SQUALL_FUZZ names a target").1
 });

@@ -13,11 +13,14 @@ use crate::{
     probe::exposition,
 };
 
-const TARGETS: [(&str, fn(&str)); 3] =
+/// Takes any input.
+type Parser = fn(&str);
+
+const TARGETS: [(&str, Parser); 3] =
     [("distribution", distribution), ("exposition", exposition), ("plan", plan)];
 
 #[cfg(fuzzing)]
-static TARGET: LazyLock<fn(&str)> = LazyLock::new(|| {
+static TARGET: LazyLock<Parser> = LazyLock::new(|| {
     let name = env::var("SQUALL_FUZZ").unwrap_or_default();
     TARGETS.iter().find(|(known, _)| *known == name).expect("SQUALL_FUZZ names a target").1
 });

@@ -131,7 +131,11 @@ impl Results {
         }
         fs::create_dir_all(kept())?;
         let before = Self::all()?.into_iter().find(|old| old.name == self.name && old.kernel == self.kernel);
-        if let Some(before) = before {
+        if let Some(mut before) = before {
+            // The name of a row that could not be measured is that of its group.
+            before
+                .rows
+                .retain(|row| !row["limit"].as_str().is_some_and(|limit| limit.starts_with("not measured")));
             self.rows = merge(before.rows, self.rows, |row| row["row"].clone());
             // A plot's line may be of several series, a point each.
             self.series = merge(before.series, self.series, |series| {
