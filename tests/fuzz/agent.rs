@@ -1,10 +1,8 @@
 //! What libFuzzer runs in place of `main` in a build with `--cfg fuzzing`: the agent's parsers, the one that
 //! `SQUALL_FUZZ` names. Each takes any bytes without a panic, and keeps what is asserted.
 
-#[cfg(test)]
-use std::fs;
-#[cfg(fuzzing)]
-use std::{env, sync::LazyLock};
+mod targets;
+
 use std::{path::Path, time::Duration};
 
 use etherparse::SlicedPacket;
@@ -13,6 +11,7 @@ use prost::Message;
 use squall_common::{packet, quantiles::Quantiles, table::Direction};
 use squall_proto::v1;
 
+use self::targets::Parser;
 use crate::{
     fault::AnyFault,
     frame::{self, Dns, DnsAnswer, Verdict},
@@ -24,9 +23,6 @@ use crate::{
     limits::Limits,
     target::Selector,
 };
-
-/// Takes any input.
-type Parser = fn(&[u8]);
 
 const TARGETS: [(&str, Parser); 9] = [
     ("arm", arm),
@@ -41,33 +37,14 @@ const TARGETS: [(&str, Parser); 9] = [
 ];
 
 #[cfg(fuzzing)]
-static TARGET: LazyLock<Parser> = LazyLock::new(|| {
-    let name = env::var("SQUALL_FUZZ").unwrap_or_default();
-    TARGETS.iter().find(|(known, _)| *known == name).expect("SQUALL_FUZZ names a target").1
-});
+static TARGET: std::sync::LazyLock<Parser> = std::sync::LazyLock::new(|| targets::chosen(&TARGETS));
 
 #[cfg(fuzzing)]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(data));
 
-/// What fuzzing found worth keeping, without libFuzzer: so every ordinary test run compiles the targets, and runs them.
-#[cfg(test)]
 #[test]
 fn targets_take_their_corpora() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/squall-agent");
-    assert_eq!(
-        fs::read_dir(&corpus).expect("a directory").count(),
-        TARGETS.len(),
-        "each target has a corpus"
-    );
-    for (name, target) in TARGETS {
-        let mut inputs = 0;
-        for entry in fs::read_dir(corpus.join(name)).expect("a corpus") {
-            let data = fs::read(entry.expect("an entry").path()).expect("an input");
-            target(&data);
-            inputs += 1;
-        }
-        assert!(inputs > 0, "the corpus of {name} is empty");
-    }
+    targets::take_corpora("squall-agent", &TARGETS);
 }
 
 /// An order as it comes from a client.

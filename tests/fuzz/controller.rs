@@ -1,68 +1,48 @@
 //! What libFuzzer runs in place of `main` in a build with `--cfg fuzzing`: the controller's parsers, the one that
 //! `SQUALL_FUZZ` names. Each takes any text without a panic, and keeps what is asserted.
 
-#[cfg(test)]
-use std::fs;
-use std::path::Path;
-#[cfg(fuzzing)]
-use std::{env, sync::LazyLock};
+mod targets;
 
+use std::path::Path;
+
+use self::targets::Parser;
 use crate::{
     outline,
     plan::{self, units},
     probe::exposition,
 };
 
-/// Takes any input.
-type Parser = fn(&str);
-
 const TARGETS: [(&str, Parser); 3] =
     [("distribution", distribution), ("exposition", exposition), ("plan", plan)];
 
 #[cfg(fuzzing)]
-static TARGET: LazyLock<Parser> = LazyLock::new(|| {
-    let name = env::var("SQUALL_FUZZ").unwrap_or_default();
-    TARGETS.iter().find(|(known, _)| *known == name).expect("SQUALL_FUZZ names a target").1
-});
+static TARGET: std::sync::LazyLock<Parser> = std::sync::LazyLock::new(|| targets::chosen(&TARGETS));
 
 #[cfg(fuzzing)]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(&String::from_utf8_lossy(data)));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(data));
 
-/// What fuzzing found worth keeping, without libFuzzer: so every ordinary test run compiles the targets, and runs them.
-#[cfg(test)]
 #[test]
 fn targets_take_their_corpora() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus/squall");
-    assert_eq!(
-        fs::read_dir(&corpus).expect("a directory").count(),
-        TARGETS.len(),
-        "each target has a corpus"
-    );
-    for (name, target) in TARGETS {
-        let mut inputs = 0;
-        for entry in fs::read_dir(corpus.join(name)).expect("a corpus") {
-            let data = fs::read(entry.expect("an entry").path()).expect("an input");
-            target(&String::from_utf8_lossy(&data));
-            inputs += 1;
-        }
-        assert!(inputs > 0, "the corpus of {name} is empty");
-    }
+    targets::take_corpora("squall", &TARGETS);
 }
 
-fn distribution(text: &str) {
+fn distribution(data: &[u8]) {
+    let text = &String::from_utf8_lossy(data);
     match units::table(text) {
         Ok(table) => assert!((1..=16_384).contains(&table.len())),
         Err((line, _)) => assert!((1..=text.lines().count().max(1)).contains(&line)),
     }
 }
 
-fn exposition(text: &str) {
+fn exposition(data: &[u8]) {
+    let text = &String::from_utf8_lossy(data);
     if let Ok(page) = exposition::parse(text) {
         assert!(page.samples.len() <= text.lines().count());
     }
 }
 
-fn plan(text: &str) {
+fn plan(data: &[u8]) {
+    let text = &String::from_utf8_lossy(data);
     // A file that a plan names is no part of its text.
     if text.contains("table") {
         return;
