@@ -5,7 +5,7 @@
 
 mod side;
 
-use std::{fs, time::Duration};
+use std::{env, fs, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use side::{
@@ -376,6 +376,59 @@ async fn packets_leave_in_slots() -> Result<()> {
             ensure!(turn < TURNS, "{side:?}: {heaps} heaps, median {median} ms: {ended:?}");
         }
     }
+    Ok(())
+}
+
+/// How many packets of a CPU's backlog wait for it, which is everybody's setting: only of a machine that is ours.
+struct Backlog(String);
+
+impl Backlog {
+    const FILE: &str = "/proc/sys/net/core/netdev_max_backlog";
+
+    fn shrink(to: u32) -> Result<Self> {
+        let before = fs::read_to_string(Self::FILE)?;
+        fs::write(Self::FILE, to.to_string())?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Backlog {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(Self::FILE, &self.0) {
+            eprintln!("cannot restore {}: {error}", Self::FILE);
+        }
+    }
+}
+
+/// Packets that come out of a line faster than the CPU takes them that they are for.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_lost_behind_the_delay_is_counted() -> Result<()> {
+    if env::var_os("SQUALL_VM").is_none() {
+        println!("nothing was tried: it takes a kernel of its own");
+        return Ok(());
+    }
+    let mut duel = Duel::new("backlog").await?;
+    // Twenty at once.
+    let slots = Slots { min_ns: 20 * MS, max_ns: 20 * MS, ..Slots::default() };
+    let fault = of_the_probe(NetworkFault { slots: Some(slots), ..leaving() });
+    // What gets lost behind our interface is not ours.
+    let missed = |lab: &Lab| {
+        let text = lab.far.inside(|| Ok(fs::read_to_string("/proc/thread-self/net/dev")?))?;
+        let line = text.lines().find_map(|line| line.trim().strip_prefix("far0:")).context("no far0")?;
+        let drops = line.split_whitespace().nth(3).context("no drops of far0")?;
+        drops.parse::<u64>().with_context(|| format!("far0 dropped {drops}"))
+    };
+    let before = missed(&duel.lab)?;
+    let backlog = Backlog::shrink(1)?;
+    let (seen, ended) = duel.probe(&Side::ours(fault), Probe { packets: 2_000, ..Probe::default() }).await?;
+    drop(backlog);
+    let elsewhere = missed(&duel.lab)? - before;
+    let (sent, arrived) = (seen.sent.len() as u64, seen.arrivals.len() as u64);
+    let failed = figure(ended.as_ref(), "failed");
+    println!("{sent} sent, {failed} lost behind the delay, {elsewhere} behind the interface, {arrived} arrived");
+    ensure!(failed > 0, "nothing was lost: {ended:?}");
+    assert_eq!(sent, arrived + failed + elsewhere, "{ended:?}");
+    assert_eq!(figure(ended.as_ref(), "delayed"), sent, "{ended:?}");
     Ok(())
 }
 

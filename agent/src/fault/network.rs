@@ -339,13 +339,16 @@ impl Fault for Network {
     }
 
     async fn effect(held: &mut Held) -> Result<v1::Effect> {
-        let (all, clauses) = {
-            let live = lock(&held.live);
-            let all = live.rules.iter().fold(Figures::default(), |sum, rule| sum.plus(&rule.figures()));
-            (all, live.fault.clauses(&live.names))
-        };
-        let netns = Arc::clone(&held.netns);
-        let rtt = spawn_blocking(move || median_rtt(&netns, &clauses)).await?;
+        let (live, netns) = (Arc::clone(&held.live), Arc::clone(&held.netns));
+        let looked = spawn_blocking(move || {
+            let (all, clauses) = {
+                let live = lock(&live);
+                let all = live.rules.iter().fold(Figures::default(), |sum, rule| sum.plus(&rule.figures()));
+                (all, live.fault.clauses(&live.names))
+            };
+            (all, median_rtt(&netns, &clauses))
+        });
+        let (all, rtt) = looked.await?;
         Ok(effect(&all, [held.rtt, rtt]))
     }
 

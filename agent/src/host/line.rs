@@ -101,6 +101,12 @@ impl Line {
         Ok(packets)
     }
 
+    /// Packets that got lost between its ends, since it was made: a CPU takes no more than `net.core.netdev_max_backlog` of those
+    /// that others hand it (`enqueue_to_backlog` in net/core/dev.c, 6.1).
+    pub fn lost(self, netlink: &mut Netlink) -> Result<u64> {
+        self.ends.iter().map(|&end| netlink.lost_on_arrival(end)).sum()
+    }
+
     /// Removes the line of an interface. One that is not there is a success.
     pub fn remove(netlink: &mut Netlink, interface: u32, outside: bool) -> Result<()> {
         let names = names(interface, outside);

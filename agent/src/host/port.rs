@@ -305,6 +305,8 @@ pub struct Owned {
     place: Arc<Place>,
     rule: usize,
     desk: Arc<Desk>,
+    /// What the port's line had lost before.
+    lost_before: u64,
 }
 
 impl Owned {
@@ -319,7 +321,7 @@ impl Owned {
     ) -> Result<Self> {
         let key = Key { netns: netns.inode(), interface: interface.index, outside };
         let place = place(key);
-        let (rule, desk) = {
+        let (rule, desk, lost_before) = {
             let mut slot = lock(&place.port);
             let port = match slot.as_mut() {
                 Some(port) => port,
@@ -328,9 +330,10 @@ impl Owned {
                 }
             };
             place.sweep(port)?;
-            (port.add(spec, window)?, Arc::clone(&port.desk))
+            let lost_before = port.lost();
+            (port.add(spec, window)?, Arc::clone(&port.desk), lost_before)
         };
-        Ok(Self { key, place, rule, desk })
+        Ok(Self { key, place, rule, desk, lost_before })
     }
 
     /// Changes what the rule matches and does, in place.
@@ -344,11 +347,15 @@ impl Owned {
         self.cells().until.store(until.0);
     }
 
-    /// What the rule did so far.
+    /// What the rule did so far. Of a line that several rules share, each has what all lost there.
     #[must_use]
     pub fn figures(&self) -> Figures {
         let rule = self.cells();
         let first = rule.first_match.load();
+        let lost = match lock(&self.place.port).as_ref() {
+            Some(port) if rule.delayed.load() > 0 => port.lost().saturating_sub(self.lost_before),
+            _ => 0,
+        };
         Figures {
             matched: rule.matched.load(),
             segments: rule.segments.load(),
@@ -362,7 +369,7 @@ impl Owned {
             refused: rule.refused.load(),
             reset: rule.reset.load(),
             answered: rule.answered.load(),
-            failed: rule.failed.load(),
+            failed: rule.failed.load() + lost,
             first_match: (first != 0)
                 .then(|| Duration::from_nanos(first.saturating_sub(rule.not_before.load()))),
             delays: self.desk.delays[self.rule * BUCKETS..][..BUCKETS]
@@ -421,7 +428,7 @@ pub struct Figures {
     pub reset: u64,
     /// DNS queries answered.
     pub answered: u64,
-    /// That were to be hurt otherwise and got lost for want of memory.
+    /// That were to be hurt otherwise and got lost for want of memory, or of a CPU to take them.
     pub failed: u64,
     /// From the beginning of the fault to the first packet that matched.
     pub first_match: Option<Duration>,
@@ -567,6 +574,15 @@ impl Port {
         }
         crash::point("port.written");
         Ok(rule)
+    }
+
+    /// Packets that got lost in its line, as far as the kernel says.
+    fn lost(&self) -> u64 {
+        let Some(line) = self.line else { return 0 };
+        self.netns.run(|| line.lost(&mut Netlink::open()?)).unwrap_or_else(|error| {
+            tracing::debug!("what the line of {} lost: {error:#}", self.interface.name);
+            0
+        })
     }
 
     fn change(&mut self, rule: usize, spec: Spec) -> Result<()> {

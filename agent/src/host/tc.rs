@@ -89,6 +89,23 @@ impl Netlink {
             .collect())
     }
 
+    /// Packets that an interface lost when they arrived, since it was made.
+    pub fn lost_on_arrival(&mut self, index: u32) -> Result<u64> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        let replies = self
+            .call(RouteNetlinkMessage::GetLink(link), NLM_F_ACK)
+            .with_context(|| format!("asking for the counters of interface {index}"))?;
+        let counted = replies.into_iter().find_map(|reply| match reply {
+            RouteNetlinkMessage::NewLink(link) => link.attributes.into_iter().find_map(|a| match a {
+                LinkAttribute::Stats64(stats) => Some(stats.rx_dropped),
+                _ => None,
+            }),
+            _ => None,
+        });
+        counted.with_context(|| format!("interface {index} has no counters"))
+    }
+
     /// Makes a veth pair of these names and this alias, up, without ARP or addresses, for packets of any length. Gives the
     /// indexes.
     pub fn add_veth(&mut self, names: [&str; 2], alias: &str) -> Result<[u32; 2]> {

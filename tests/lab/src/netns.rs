@@ -13,7 +13,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, CpuSet, sched_getaffinity, setns},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 use crate::{HostState, NetState, Running, output, run, stdout};
@@ -170,8 +173,19 @@ impl Netns {
         self.streams(to, address, time, 1)
     }
 
+    /// As [`stream`](Self::stream), with a CPU for each end where there are two: on which one the scheduler puts them makes more
+    /// of a difference than what is to be told apart here.
+    pub fn pinned_stream(&self, to: &Self, address: IpAddr, time: Duration) -> Result<Stream> {
+        let [here, there] = two_cpus()?;
+        self.iperf(to, address, time, &["--affinity", &format!("{here},{there}")])
+    }
+
     /// Sends so many TCP streams at once, and adds up what they achieved.
     pub fn streams(&self, to: &Self, address: IpAddr, time: Duration, flows: u32) -> Result<Stream> {
+        self.iperf(to, address, time, &["--parallel", &flows.to_string()])
+    }
+
+    fn iperf(&self, to: &Self, address: IpAddr, time: Duration, more: &[&str]) -> Result<Stream> {
         let mut command = to.command("iperf3");
         command.args(["--server", "--one-off", "--forceflush"]);
         let mut server =
@@ -179,15 +193,23 @@ impl Netns {
         let said = server.child().stdout.take().context("iperf3 has no standard output")?;
         let mut lines = BufReader::new(said).lines();
         while !lines.next().context("iperf3 ended before it listened")??.contains("listening") {}
-        let (seconds, flows) = (time.as_secs().to_string(), flows.to_string());
         let mut client = self.command("iperf3");
-        client.args(["--client", &address.to_string(), "--time", &seconds, "--parallel", &flows, "--json"]);
+        client.args(["--client", &address.to_string(), "--time", &time.as_secs().to_string(), "--json"]);
+        client.args(more);
         let json = output(&mut client)?.stdout;
         // What it still has to say must not fill the pipe.
         lines.for_each(drop);
         server.wait(Duration::from_secs(10))?;
         Stream::parse(&json)
     }
+}
+
+/// Two CPUs that the calling thread may use; where it may use but one, that one twice.
+pub(crate) fn two_cpus() -> Result<[usize; 2]> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).context("asking which CPUs this thread may use")?;
+    let mut usable = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
+    let first = usable.next().context("no CPU may be used")?;
+    Ok([first, usable.next().unwrap_or(first)])
 }
 
 impl Drop for Netns {

@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::{
     errno::Errno,
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::{
         prctl,
         socket::{
@@ -24,9 +25,10 @@ use nix::{
         time::TimeSpec,
     },
     time::{ClockId, clock_gettime},
+    unistd::Pid,
 };
 
-use crate::Netns;
+use crate::{Netns, netns::two_cpus};
 
 /// Bytes before the payload proper: the number, three times, so that a flipped bit does not hide it.
 const HEADER: usize = 24;
@@ -328,7 +330,30 @@ impl Seen {
     }
 }
 
-/// Round-trip times of small UDP packets, one after the other, milliseconds. `to` has the address.
+/// The calling thread on one CPU, until this is dropped.
+struct Pinned(CpuSet);
+
+impl Pinned {
+    fn to(cpu: usize) -> Result<Self> {
+        let this_thread = Pid::from_raw(0);
+        let before = sched_getaffinity(this_thread)?;
+        let mut only = CpuSet::new();
+        only.set(cpu)?;
+        sched_setaffinity(this_thread, &only).with_context(|| format!("cannot go to CPU {cpu}"))?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if let Err(error) = sched_setaffinity(Pid::from_raw(0), &self.0) {
+            eprintln!("a thread stays on its CPU: {error}");
+        }
+    }
+}
+
+/// Round-trip times of small UDP packets, one after the other, milliseconds, with a CPU for each end where there are two. `to` has
+/// the address.
 pub fn round_trips(from: &Netns, to: &Netns, address: IpAddr, port: u16, count: u32) -> Result<Vec<f64>> {
     let address = SocketAddr::new(address, port);
     let echo = to.inside(|| Ok(UdpSocket::bind(address)?))?;
@@ -338,8 +363,11 @@ pub fn round_trips(from: &Netns, to: &Netns, address: IpAddr, port: u16, count: 
     socket.connect(address)?;
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
     let done = AtomicBool::new(false);
+    let [here, there] = two_cpus()?;
+    let _pinned = Pinned::to(here)?;
     thread::scope(|scope| {
         scope.spawn(|| {
+            let _pinned = Pinned::to(there);
             let mut packet = [0; 64];
             while !done.load(Ordering::Relaxed) {
                 if let Ok((length, from)) = echo.recv_from(&mut packet) {

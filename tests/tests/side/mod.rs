@@ -59,6 +59,10 @@ impl Duel {
                 fs::write(&stale, "3600000").with_context(|| format!("cannot write {stale}"))
             })?;
         }
+        // A stream that lost much must not tell the next one to go slowly.
+        for netns in [&lab.near, &lab.far] {
+            netns.inside(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_no_metrics_save", "1")?))?;
+        }
         lab.near.ping(Lab::FAR, 3, Duration::from_millis(10))?;
         let agent = Agent::start(AgentOptions::default()).await?;
         let client = agent.client().await?;
