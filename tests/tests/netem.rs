@@ -425,7 +425,9 @@ async fn what_is_lost_behind_the_delay_is_counted() -> Result<()> {
     let elsewhere = missed(&duel.lab)? - before;
     let (sent, arrived) = (seen.sent.len() as u64, seen.arrivals.len() as u64);
     let failed = figure(ended.as_ref(), "failed");
-    println!("{sent} sent, {failed} lost behind the delay, {elsewhere} behind the interface, {arrived} arrived");
+    println!(
+        "{sent} sent, {failed} lost behind the delay, {elsewhere} behind the interface, {arrived} arrived"
+    );
     ensure!(failed > 0, "nothing was lost: {ended:?}");
     assert_eq!(sent, arrived + failed + elsewhere, "{ended:?}");
     assert_eq!(figure(ended.as_ref(), "delayed"), sent, "{ended:?}");

@@ -216,7 +216,8 @@ fn watch(qemu: &Command, most: Duration, each: &mut impl FnMut(&str)) -> Result<
 
 fn initramfs(kernel: &Kernel, binaries: &Path, job: &Job) -> Result<Initramfs> {
     let mut initramfs = Initramfs::default();
-    let mut lines: Vec<String> = ["env PATH=/bin", "env SQUALL_BIN_DIR=/squall", "env SQUALL_VM=1"].map(Into::into).into();
+    let mut lines: Vec<String> =
+        ["env PATH=/bin", "env SQUALL_BIN_DIR=/squall", "env SQUALL_VM=1"].map(Into::into).into();
     for name in FROM_HERE {
         lines.extend(env::var(name).map(|value| format!("env {name}={value}")));
     }
