@@ -31,6 +31,7 @@ use aya_ebpf::{
 use squall_common::{
     decide::{self, COPY, Mode},
     histogram::{self, BUCKETS},
+    line,
     matching::{self, Lookup},
     packet::{self, Address, Bytes, Maybe, Packet},
     table::{
@@ -399,6 +400,9 @@ impl Place<'_> {
         if ahead {
             self.rule.reordered.add(1);
         }
+        if due > now {
+            due = self.rule.lateness.sooner(due, now);
+        }
         Some(Fate { corrupt, due })
     }
 
@@ -557,8 +561,11 @@ pub fn squall_line_out(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let Some(note) = skb.note(table) else { return TC_ACT_SHOT };
     if note.job() == Note::SHUFFLE {
-        // A flow of its own in sch_fq, so that it may overtake.
+        // A flow of its own in sch_fq, so that it may overtake; and no other CPU has to be woken to take it.
         skb.set_random_hash();
+        skb.set_queue(line::ANY_CPU);
+    } else {
+        skb.set_queue(line::CPU_OF_FLOW);
     }
     skb.set_departure(note.due());
     NEXT
@@ -569,15 +576,16 @@ pub fn squall_line_out(ctx: TcContext) -> i32 {
 pub fn squall_line_in(ctx: TcContext) -> i32 {
     let Some(table) = TABLE.get(0) else { return TC_ACT_SHOT };
     let skb = Skb::new(&ctx);
-    // sch_fq has overwritten the first half of the note with its own (struct fq_skb_cb, net/sched/sch_fq.c).
-    let (rule, arrived) = skb.second_half();
-    let delay = Note::since(arrived, monotonic());
-    if let Some(bucket) = DELAYS.get((rule as usize * BUCKETS + histogram::bucket(delay)) as u32) {
+    let (note, now) = (skb.behind(), monotonic());
+    let delay = Note::since(note.arrived(), now);
+    if let Some(bucket) = DELAYS.get((note.rule() * BUCKETS + histogram::bucket(delay)) as u32) {
         bucket.count.add(1);
         bucket.sum.add(delay);
     }
+    table.rules[note.rule()].lateness.note(note.late(now));
     skb.set_note(table, Note::new(0, 0, 0, 0));
     skb.set_ours();
+    skb.forget_queue();
     // A packet that went in at one end comes out of the other.
     let came_out = u64::from(skb.ifindex());
     let to = table.ifindex.load() as u32;
@@ -617,6 +625,7 @@ pub fn squall_tap_in(ctx: TcContext) -> i32 {
     let segment = lane(Lane::Segment, Direction::Egress) || lane(Lane::Segment, Direction::Ingress);
     skb.set_note(table, Note::new(0, if segment { Note::SEGMENT } else { 0 }, 0, 0));
     skb.set_ours();
+    skb.forget_queue();
     let egress = |l: Lane| lane(l, Direction::Egress);
     let ingress = |l: Lane| lane(l, Direction::Ingress);
     if egress(Lane::Hold) || egress(Lane::Work) || egress(Lane::Segment) {

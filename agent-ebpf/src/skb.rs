@@ -8,15 +8,15 @@ use core::{
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS},
     helpers::{
-        bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_skb_cgroup_id,
-        bpf_skb_change_head, bpf_skb_change_type, bpf_skb_ecn_set_ce, bpf_skb_load_bytes,
+        bpf_clone_redirect, bpf_get_prandom_u32, bpf_redirect, bpf_set_hash, bpf_set_hash_invalid,
+        bpf_skb_cgroup_id, bpf_skb_change_head, bpf_skb_change_type, bpf_skb_ecn_set_ce, bpf_skb_load_bytes,
         bpf_skb_store_bytes,
     },
     programs::TcContext,
 };
 use squall_common::{
     packet::{Bytes, VLAN_ID},
-    table::{Direction, Table},
+    table::{Direction, RULES, Table},
     tap,
 };
 
@@ -38,8 +38,10 @@ pub(crate) struct Note {
 
 /// Departure times are times since boot and fit below for nine years.
 const DUE_BITS: u32 = 58;
-/// Enough of an arrival time to tell delays of up to three days.
-const ARRIVED_BITS: u32 = 48;
+/// Enough of an arrival time to tell delays of up to 18 minutes.
+const ARRIVED_BITS: u32 = tap::ARRIVED_BITS;
+/// Where the rule ends that is above it, and the lower bits of the departure time begin, in units of 1024 ns.
+const PUNCTUAL_BIT: u32 = ARRIVED_BITS + 6;
 
 impl Note {
     /// A job beside [`tap::Job`]'s: delay, and let it overtake others.
@@ -52,7 +54,9 @@ impl Note {
     pub(crate) fn new(rule: usize, job: u64, due: u64, arrived: u64) -> Self {
         Self {
             first: due | job << DUE_BITS,
-            second: (arrived & ((1 << ARRIVED_BITS) - 1)) | (rule as u64) << ARRIVED_BITS,
+            second: (arrived & ((1 << ARRIVED_BITS) - 1))
+                | (rule as u64 & (RULES as u64 - 1)) << ARRIVED_BITS
+                | (due >> 10) << PUNCTUAL_BIT,
         }
     }
 
@@ -68,7 +72,15 @@ impl Note {
 
     #[inline(always)]
     pub(crate) fn rule(self) -> usize {
-        (self.second >> ARRIVED_BITS) as usize
+        (self.second >> ARRIVED_BITS) as usize & (RULES - 1)
+    }
+
+    /// Nanoseconds by which a packet leaves later than it was to, by what [`Skb::behind`] gives back; 0 where it is not late.
+    #[inline(always)]
+    pub(crate) fn late(self, now: u64) -> u64 {
+        let late = (now >> 10).wrapping_sub(self.second >> PUNCTUAL_BIT) << PUNCTUAL_BIT;
+        // The upper half of the numbers is those below zero.
+        if late >> 63 == 0 { (late >> PUNCTUAL_BIT) << 10 } else { 0 }
     }
 
     /// The lower bits of the arrival time; [`Note::since`] understands them.
@@ -175,11 +187,11 @@ impl<'a> Skb<'a> {
         u64::from(field!(self, cb[3])) | u64::from(field!(self, cb[4])) << 32
     }
 
-    /// Rule and arrival time of a note whose first half is gone.
+    /// The note of a packet behind `sch_fq`, which has overwritten the first half of it with its own (struct fq_skb_cb,
+    /// net/sched/sch_fq.c, 6.1): neither job nor departure time.
     #[inline(always)]
-    pub(crate) fn second_half(&self) -> (u64, u64) {
-        let note = Note { first: 0, second: self.second() };
-        (note.second >> ARRIVED_BITS, note.arrived())
+    pub(crate) fn behind(&self) -> Note {
+        Note { first: 0, second: self.second() }
     }
 
     #[inline(always)]
@@ -203,6 +215,21 @@ impl<'a> Skb<'a> {
         const PACKET_HOST: u32 = 0;
         // SAFETY: the context is valid; the helper only compares and stores a number.
         let _same_type = unsafe { bpf_skb_change_type(self.ptr, PACKET_HOST) };
+    }
+
+    /// Chooses the queue of a device of ours, for sending and for what becomes of it behind (`skb_tx_hash`, net/core/dev.c, 6.1).
+    #[inline(always)]
+    pub(crate) fn set_queue(&self, queue: u32) {
+        set_field!(self, queue + 1, queue_mapping);
+    }
+
+    /// Forgets by which queue the packet came, and gives it the hash of its flow again: neither says anything about where it goes
+    /// next, which on a device of many queues it would.
+    #[inline(always)]
+    pub(crate) fn forget_queue(&self) {
+        set_field!(self, 0, queue_mapping);
+        // SAFETY: the context is valid; the helper cannot fail.
+        unsafe { bpf_set_hash_invalid(self.ptr) };
     }
 
     /// Makes the packet a flow of its own.

@@ -1,6 +1,10 @@
 //! The network fault, as the two ends of a wire see it. Where the kernel has netem, netem is the measure.
 
-use std::{net::IpAddr, thread, time::Duration, time::Instant};
+use std::{
+    net::{IpAddr, UdpSocket},
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Error, Result, ensure};
 use nix::{
@@ -328,6 +332,66 @@ async fn a_qdisc_that_somebody_configured_stays() -> Result<()> {
     ensure!(bench.rtt(Lab::FAR)? > 39.0, "not delayed");
     bench.revert(&injection.id).await?;
     assert_eq!(bench.lab.near.tc("qdisc show dev near0")?, before);
+    Ok(())
+}
+
+/// Packets of many flows, and by which queues of near0 they left: packets by queue.
+fn by_queue(lab: &Lab) -> Result<Vec<u64>> {
+    let counts = || -> Result<Vec<u64>> {
+        let shown = lab.near.tc("-s qdisc show dev near0")?;
+        let all = shown.split("qdisc ").filter(|qdisc| qdisc.contains("parent 1:"));
+        let packets = all.map(|qdisc| {
+            let sent = qdisc.split_whitespace().skip_while(|word| *word != "Sent").nth(3);
+            sent.with_context(|| format!("nothing sent: {qdisc}"))?.parse::<u64>().context("not a number")
+        });
+        packets.collect()
+    };
+    let before = counts()?;
+    for _ in 0..64 {
+        let socket = lab.near.inside(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
+        socket.send_to(b"one of many", (Lab::FAR, 9))?;
+    }
+    thread::sleep(Duration::from_millis(300));
+    Ok(counts()?.into_iter().zip(before).map(|(after, before)| after - before).collect())
+}
+
+/// What is held comes back by one device, and must not leave by one queue because of that.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_held_leaves_by_all_queues() -> Result<()> {
+    let mut bench = Bench::new("queues").await?;
+    let (near, far) = (&bench.lab.near, &bench.lab.far);
+    let far_name =
+        far.path().file_name().context("a namespace without a name")?.to_string_lossy().into_owned();
+    near.ip("link del near0")?;
+    near.ip(&format!(
+        "link add near0 numtxqueues 4 numrxqueues 4 type veth peer name far0 netns {far_name}"
+    ))?;
+    for (netns, interface, address) in [(near, "near0", Lab::NEAR), (far, "far0", Lab::FAR)] {
+        netns.ip(&format!("addr add {address}/24 dev {interface}"))?;
+        netns.ip(&format!("link set {interface} up"))?;
+    }
+    near.ping(Lab::FAR, 1, Duration::from_millis(10))?;
+    near.tc("qdisc add dev near0 root handle 1: mq")?;
+    let used = |packets: &[u64]| packets.iter().filter(|&&packets| packets > 0).count();
+    let unhurt = by_queue(&bench.lab)?;
+    ensure!(used(&unhurt) == 4, "unhurt by {unhurt:?}");
+    for (name, fault) in [
+        ("delay", delay(20 * MS, Direction::Egress)),
+        (
+            "jitter",
+            NetworkFault {
+                delay: Some(Delay { latency_ns: 20 * MS, jitter_ns: 5 * MS, ..Delay::default() }),
+                ..delay(0, Direction::Egress)
+            },
+        ),
+    ] {
+        let injection = bench.inject(fault).await?;
+        let held = by_queue(&bench.lab)?;
+        let ended = bench.revert(&injection.id).await?;
+        println!("unhurt {unhurt:?}, with {name} {held:?}");
+        ensure!(used(&held) == 4, "{name}: {held:?}, unhurt {unhurt:?}");
+        ensure!(figure(&ended, "delayed").unwrap_or(0.0) >= 64.0, "{ended:?}");
+    }
     Ok(())
 }
 

@@ -15,6 +15,8 @@ extern crate std;
 
 pub mod decide;
 pub mod histogram;
+pub mod lateness;
+pub mod line;
 pub mod matching;
 pub mod packet;
 #[cfg(any(test, feature = "user"))]

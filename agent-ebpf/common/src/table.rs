@@ -284,6 +284,8 @@ pub struct Rule {
     pub action: crate::decide::Action<Cell>,
     /// What its models of loss, delay and so on remember of the packets before.
     pub memory: crate::decide::Memory<Cell>,
+    /// How punctual what holds its packets is.
+    pub lateness: crate::lateness::Lateness,
     /// Packets that matched while it was in force, as the kernel's tc layer counts: one GSO packet is one packet. Also
     /// the sequence number that a decision is drawn for.
     pub matched: Cell,

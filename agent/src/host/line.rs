@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use squall_common::line::QUEUES;
 
 use super::{proc, steer, tc::Netlink};
 use crate::crash;
@@ -70,7 +71,7 @@ impl Line {
         Self::remove(netlink, interface, outside)?;
         let names = names(interface, outside);
         crash::step("line.veth")?;
-        let line = Self { ends: netlink.add_veth([&names[0], &names[1]], &mark())? };
+        let line = Self { ends: netlink.add_veth([&names[0], &names[1]], &mark(), QUEUES)? };
         if let Err(error) = line.resize(netlink, longest) {
             netlink.remove_link(line.ends[0])?;
             return Err(error);

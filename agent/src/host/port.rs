@@ -557,6 +557,7 @@ impl Port {
         let cells = &self.desk.table.rules[rule];
         cells.counters().into_iter().for_each(|counter| counter.store(0));
         cells.memory.clear();
+        cells.lateness.clear();
         for bucket in &self.desk.delays[rule * BUCKETS..][..BUCKETS] {
             bucket.count.store(0);
             bucket.sum.store(0);

@@ -13,18 +13,18 @@ use std::{
 };
 
 use nix::{
-    dir::Dir,
     fcntl::{OFlag, openat},
     sys::stat::Mode,
     unistd::{SysconfVar, sysconf},
 };
+use squall_common::line::CPU_OF_FLOW;
 
 /// `FSCONFIG_CMD_CREATE`, `FSOPEN_CLOEXEC` and `FSMOUNT_CLOEXEC` of linux/mount.h (5.2).
 const CREATE: libc::c_uint = 6;
 const OPEN_CLOEXEC: libc::c_uint = 1;
 const MOUNT_CLOEXEC: libc::c_uint = 1;
 
-/// Lets one CPU take all packets of a flow that come out of an interface of the calling thread's network namespace.
+/// Lets one CPU take all packets of a flow that come out of an interface of the calling thread's network namespace by its first queue.
 ///
 /// # Errors
 ///
@@ -49,26 +49,9 @@ fn mask(cpus: usize) -> String {
 }
 
 fn write_mask(interface: &str, mask: &str) -> io::Result<()> {
-    let sysfs = sysfs()?;
-    let queues = openat(
-        &sysfs,
-        format!("class/net/{interface}/queues").as_str(),
-        OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )?;
-    for entry in Dir::from_fd(queues.try_clone()?)?.iter() {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if name.starts_with("rx-") {
-            let file = openat(
-                &queues,
-                format!("{name}/rps_cpus").as_str(),
-                OFlag::O_WRONLY | OFlag::O_CLOEXEC,
-                Mode::empty(),
-            )?;
-            File::from(file).write_all(mask.as_bytes())?;
-        }
-    }
-    Ok(())
+    let path = format!("class/net/{interface}/queues/rx-{CPU_OF_FLOW}/rps_cpus");
+    let file = openat(&sysfs()?, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    File::from(file).write_all(mask.as_bytes())
 }
 
 /// sysfs as it is in the calling thread's network namespace, mounted nowhere; it is gone with its descriptor.

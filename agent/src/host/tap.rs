@@ -38,7 +38,7 @@ use squall_common::{
     decide::hash,
     histogram::{BUCKETS, bucket},
     table::{Bucket, HISTOGRAM, RULES, Rule, Table},
-    tap::{Header, Job, LEN},
+    tap::{ARRIVED_BITS, Header, Job, LEN},
 };
 
 use super::{bpf::Mapped, proc};
@@ -64,7 +64,7 @@ const ALIVE: Duration = Duration::from_secs(3);
 /// How often a queue says so.
 const BEAT: Duration = Duration::from_millis(250);
 /// The bits of an arrival time that travel with a packet.
-const ARRIVED: u64 = (1 << 48) - 1;
+const ARRIVED: u64 = (1 << ARRIVED_BITS) - 1;
 /// Stream of the draws for which bit is flipped, beside those of [`squall_common::decide`].
 const BIT: u64 = 100;
 
@@ -465,11 +465,13 @@ impl Queue {
         // The device takes a frame whole or not at all.
         (&self.file).write_all(&packet.frame)?;
         if packet.due & ARRIVED != packet.arrived {
-            let delay = now().wrapping_sub(packet.arrived) & ARRIVED;
+            let now = now();
+            let delay = now.wrapping_sub(packet.arrived) & ARRIVED;
             let rule = usize::from(packet.rule) % RULES;
             let bucket = &self.desk.delays[rule * BUCKETS + bucket(delay)];
             bucket.count.add(1);
             bucket.sum.add(delay);
+            self.rule(packet.rule).lateness.note(now.saturating_sub(packet.due));
         }
         Ok(())
     }

@@ -106,13 +106,15 @@ impl Netlink {
         counted.with_context(|| format!("interface {index} has no counters"))
     }
 
-    /// Makes a veth pair of these names and this alias, up, without ARP or addresses, for packets of any length. Gives the
-    /// indexes.
-    pub fn add_veth(&mut self, names: [&str; 2], alias: &str) -> Result<[u32; 2]> {
+    /// Makes a veth pair of these names, this alias and so many queues, up, without ARP or addresses, for packets of any length.
+    /// Gives the indexes.
+    pub fn add_veth(&mut self, names: [&str; 2], alias: &str, queues: u32) -> Result<[u32; 2]> {
         let end = |name: &str| {
             let mut link = LinkMessage::default();
             link.attributes.push(LinkAttribute::IfName(name.to_owned()));
             link.attributes.push(LinkAttribute::Mtu(65_535));
+            link.attributes.push(LinkAttribute::NumTxQueues(queues));
+            link.attributes.push(LinkAttribute::NumRxQueues(queues));
             link
         };
         let mut link = end(names[0]);
