@@ -41,7 +41,7 @@ const DUE_BITS: u32 = 58;
 /// Enough of an arrival time to tell delays of up to 18 minutes.
 const ARRIVED_BITS: u32 = tap::ARRIVED_BITS;
 /// Where the rule ends that is above it, and the lower bits of the departure time begin, in units of 1024 ns.
-const PUNCTUAL_BIT: u32 = ARRIVED_BITS + 6;
+const PUNCTUAL_BIT: u32 = ARRIVED_BITS + RULES.ilog2();
 
 impl Note {
     /// A job beside [`tap::Job`]'s: delay, and let it overtake others.

@@ -9,9 +9,10 @@
 #[path = "../tests/side/mod.rs"]
 mod side;
 
-use std::{env, fs, thread, time::Duration};
+use std::{env, thread, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
+use procfs::process::Process;
 use serde_json::{Value, json};
 use side::{
     Duel, FAR, PORT, Side, at_once, corrupt, delay, duplicate, figure, jitter, leaving, loss, of_port,
@@ -651,12 +652,10 @@ fn elsewhere() -> NetworkFault {
 /// Waits until the agent has done what it does ahead of need: programs loaded for the next injection.
 fn at_rest(duel: &Duel) -> Result<()> {
     const LOOK: Duration = Duration::from_secs(1);
-    let stat = format!("/proc/{}/stat", duel.agent.pid());
+    let pid = duel.agent.pid() as i32;
     let ticks = || -> Result<u64> {
-        let text = fs::read_to_string(&stat).with_context(|| format!("cannot read {stat}"))?;
-        // utime and stime, behind the name, which may have spaces.
-        let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
-        fields.map(|field| field.parse::<u64>().with_context(|| format!("{stat} has {field:?}"))).sum()
+        let stat = Process::new(pid)?.stat()?;
+        Ok(stat.utime + stat.stime)
     };
     let mut before = ticks()?;
     for _ in 0..30 {

@@ -17,7 +17,7 @@ use squall_lab::{
     stats::{Chain, Runs, inside99, kolmogorov_smirnov, quantile, share_of_parts},
 };
 use squall_proto::v1::{
-    Distribution, FourState, GilbertElliott, Loss, NetworkFault, Peer, Protocol, Rate, Slots,
+    Delay, Distribution, FourState, GilbertElliott, Loss, NetworkFault, Peer, Protocol, Rate, Slots,
 };
 use squall_tests::Lab;
 
@@ -376,6 +376,27 @@ async fn packets_leave_in_slots() -> Result<()> {
             ensure!(turn < TURNS, "{side:?}: {heaps} heaps, median {median} ms: {ended:?}");
         }
     }
+    Ok(())
+}
+
+/// No timer fires early, so none leaves too soon but those that were sent off sooner because all before them were late.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_late_by_machinery_is_taken_off() -> Result<()> {
+    /// The bound of a bucket of the histogram, and its width below.
+    const DELAY: u64 = 1 << 24;
+    const WIDTH: u64 = 1 << 20;
+    let mut duel = Duel::new("late").await?;
+    let fault = of_the_probe(NetworkFault {
+        delay: Some(Delay { latency_ns: DELAY, ..Delay::default() }),
+        ..leaving()
+    });
+    let (seen, ended) = duel.probe(&Side::ours(fault), Probe { packets: 2_000, ..Probe::default() }).await?;
+    let delays = ended.and_then(|ended| ended.effect).context("no effect")?.delays;
+    let up_to = |most: u64| delays.iter().filter(|b| b.up_to_ns <= most).map(|b| b.count).sum::<u64>();
+    println!("{} of {} were sooner than asked", up_to(DELAY), seen.arrivals.len());
+    ensure!(up_to(DELAY) > 0, "none was sent off sooner: {delays:?}");
+    ensure!(up_to(DELAY) < 1_000, "most were sent off too soon: {delays:?}");
+    ensure!(up_to(DELAY - WIDTH) == 0, "some were much too soon: {delays:?}");
     Ok(())
 }
 

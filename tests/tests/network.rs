@@ -360,11 +360,10 @@ fn by_queue(lab: &Lab) -> Result<Vec<u64>> {
 async fn what_was_held_leaves_by_all_queues() -> Result<()> {
     let mut bench = Bench::new("queues").await?;
     let (near, far) = (&bench.lab.near, &bench.lab.far);
-    let far_name =
-        far.path().file_name().context("a namespace without a name")?.to_string_lossy().into_owned();
     near.ip("link del near0")?;
     near.ip(&format!(
-        "link add near0 numtxqueues 4 numrxqueues 4 type veth peer name far0 netns {far_name}"
+        "link add near0 numtxqueues 4 numrxqueues 4 type veth peer name far0 netns {}",
+        far.name()
     ))?;
     for (netns, interface, address) in [(near, "near0", Lab::NEAR), (far, "far0", Lab::FAR)] {
         netns.ip(&format!("addr add {address}/24 dev {interface}"))?;
