@@ -33,7 +33,8 @@ use squall_common::{
     histogram::{self, BUCKETS},
     line,
     matching::{self, Lookup},
-    packet::{self, Address, Bytes, Maybe, Packet},
+    packet::{self, Address, Bytes, Maybe, Packet, Peer},
+    sieve,
     table::{
         Bucket, CGROUPS, CIDRS, Dimension, Direction, ENDPOINTS, FLOWS, Flow, HISTOGRAM, Lane, QUANTILES,
         RULES, Rule, SETS, TABLES, Table, endpoint,
@@ -64,6 +65,9 @@ static VALUE_SETS: Array<u64> = Array::with_max_entries(SETS as u32, MMAPABLE);
 static DELAYS: Array<Bucket> = Array::with_max_entries(HISTOGRAM as u32, MMAPABLE);
 #[map]
 static DISTRIBUTIONS: Array<[i16; QUANTILES]> = Array::with_max_entries(TABLES as u32, 0);
+/// What is not in one of the two maps below, most often.
+#[map]
+static PEER_SIEVE: Array<u64> = Array::with_max_entries(sieve::WORDS as u32, MMAPABLE);
 #[map]
 static PEERS_V4: LpmTrie<[u8; 4], u64> = LpmTrie::with_max_entries(CIDRS, 0);
 #[map]
@@ -121,8 +125,12 @@ fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
 
 impl Lookup for Maps<'_> {
     #[inline(always)]
-    fn peer(&self, address: Address) -> u64 {
-        match address {
+    fn peer(&self, peer: Peer) -> u64 {
+        let word = |word: usize| PEER_SIEVE.get(word as u32).copied().unwrap_or(0);
+        if !sieve::passes(self.table.grains.load(), &peer, word) {
+            return 0;
+        }
+        match peer.address() {
             Address::V4(a) => PEERS_V4.get(Key::new(32, a)).copied(),
             Address::V6(a) => PEERS_V6.get(Key::new(128, a)).copied(),
         }

@@ -302,7 +302,7 @@ impl Bytes for Skb<'_> {
         let mut number = number;
         // SAFETY: two exclusive-ors with the same number change nothing, and no memory is touched.
         unsafe {
-            core::arch::asm!("{n} ^= {u}", "{n} ^= {u}", n = inout(reg) number, u = in(reg) self.unknown);
+            core::arch::asm!("{n} ^= {u}", "{n} ^= {u}", n = inout(reg) number, u = in(reg) self.unknown, options(pure, nomem, nostack));
         }
         number
     }

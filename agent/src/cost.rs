@@ -15,7 +15,7 @@ use crate::host::port::{Spec, cost};
 /// 10.0.0.0.
 const NETWORK: u32 = 0x0a00_0000;
 /// Runs of a program that are timed together.
-const REPEAT: u32 = 100_000;
+const REPEAT: u32 = 10_000;
 
 /// How many rules the packet is held against.
 #[derive(Debug, clap::Args)]

@@ -19,7 +19,7 @@ use side::{
     of_the_probe, rate, reorder, shape, wire_bytes,
 };
 use squall_lab::{
-    Probe, Seen, Stream, monotonic, round_trips,
+    Probe, Seen, Stream, bin_dir, monotonic, round_trips,
     stats::{
         Chain, Runs, Z99, binomial99, compare_pairs, inside99, kolmogorov_smirnov, mean, quantile,
         share_of_parts,
@@ -122,6 +122,12 @@ impl Bench {
                 rows!(bench, duel, name.clone(), tap_delay(bench, duel, &name, ms));
             }
             rows!(bench, duel, "TAP queue, TCP at 10 ms", tap_throughput(bench, duel));
+            for (what, rules, cidrs, most) in
+                [("1 rule", 1, 1, 20.0), ("64 rules, 10 000 CIDRs", 64, 10_000, 90.0)]
+            {
+                let name = format!("cost of a packet that does not match, {what}");
+                rows!(bench, duel, name.clone(), cost(&name, rules, cidrs, most));
+            }
         }
         for percent in [0.1, 1.0, 5.0] {
             let name = format!("UDP loss {percent} %");
@@ -647,6 +653,28 @@ async fn bursts(_: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
 /// A rule that has all its machinery in place and that no packet of the measurement matches.
 fn elsewhere() -> NetworkFault {
     of_port(delay(10), 4_711)
+}
+
+/// What a packet pays that no rule is about, above an empty program: the agent measures its own (`BPF_PROG_TEST_RUN`). The least of
+/// several, because a machine is slow now and then.
+async fn cost(name: &str, rules: u32, cidrs: u32, most: f64) -> Result<Vec<Row>> {
+    let mut least = f64::INFINITY;
+    for _ in 0..5 {
+        let args = ["cost", "--rules", &rules.to_string(), "--cidrs", &cidrs.to_string()];
+        let run = tokio::process::Command::new(bin_dir().join("squall-agent")).args(args).output().await?;
+        ensure!(run.status.success(), "squall-agent cost failed:\n{}", String::from_utf8_lossy(&run.stderr));
+        let cost: Value = serde_json::from_slice(&run.stdout)?;
+        least = least.min(cost["nanoseconds"].as_f64().context("no nanoseconds")?);
+    }
+    let limit = format!("≤ {most} ns");
+    Ok(vec![Row {
+        name: name.to_owned(),
+        unit: "ns",
+        ours: least,
+        limit,
+        ok: least <= most,
+        ..Row::default()
+    }])
 }
 
 /// Waits until the agent has done what it does ahead of need: programs loaded for the next injection.

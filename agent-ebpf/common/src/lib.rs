@@ -23,5 +23,6 @@ pub mod packet;
 pub mod quantiles;
 #[cfg(any(test, feature = "user"))]
 pub mod rules;
+pub mod sieve;
 pub mod table;
 pub mod tap;

@@ -1,14 +1,14 @@
 //! From a packet to the clauses it satisfies.
 
 use crate::{
-    packet::{Address, Packet},
+    packet::{Packet, Peer},
     table::{Dimension, Direction, Table},
 };
 
 /// The dimensions that need a map of their own.
 pub trait Lookup {
     /// Clauses with a CIDR that covers this address.
-    fn peer(&self, address: Address) -> u64;
+    fn peer(&self, peer: Peer) -> u64;
     /// Clauses that name this value.
     fn value(&self, dimension: Dimension, value: u16) -> u64;
     /// Clauses that name the cgroup of the packet's socket on this host. Asked last, for it is dear.
@@ -37,14 +37,15 @@ fn narrow(table: &Table, set: u64, maps: &impl Lookup, dimension: Dimension, val
 #[must_use]
 pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
     let mut set = live & table.protocol[packet.kind as usize & 3].load();
+    // Peers first: most packets are of nobody that a rule names, and what else is in their headers need not be looked at.
+    let any = table.any_peer.load();
+    if set & !any != 0 {
+        set &= any | maps.peer(packet.peer);
+    }
     if set & !table.plain.load() != 0 {
         set = narrow(table, set, maps, Dimension::Vlan, Some(packet.vlan as u32));
         set = narrow(table, set, maps, Dimension::Dscp, Some(packet.dscp as u32));
         set = narrow(table, set, maps, Dimension::Fragment, Some(packet.fragment as u32));
-    }
-    let any = table.any_peer.load();
-    if set & !any != 0 {
-        set &= any | maps.peer(packet.peer.address());
     }
     set
 }

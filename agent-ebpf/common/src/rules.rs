@@ -231,6 +231,7 @@ mod tests {
     use crate::{
         matching::{self, Lookup},
         packet::{Maybe, Packet, Peer},
+        sieve::{self, Sieve},
         table::{Direction, Table},
     };
 
@@ -273,13 +274,17 @@ mod tests {
 
     /// The kernel's maps, done plainly.
     struct Maps<'a> {
+        sieve: Sieve,
         trie: BTreeMap<Cidr, u64>,
         clauses: &'a [Clause],
     }
 
     impl Lookup for Maps<'_> {
-        fn peer(&self, address: Address) -> u64 {
-            let host = host(address);
+        fn peer(&self, peer: Peer) -> u64 {
+            if !sieve::passes(self.sieve.grains, &peer, |word| self.sieve.words[word]) {
+                return 0;
+            }
+            let host = host(peer.address());
             let best = self.trie.iter().filter(|(c, _)| c.covers(&host)).max_by_key(|(c, _)| c.len);
             best.map_or(0, |(_, set)| *set)
         }
@@ -412,7 +417,8 @@ mod tests {
                 let set = bits(&clauses, |c| c.protocol.is_none_or(|q| p == q));
                 table.protocol[p as usize].store(set);
             }
-            let maps = Maps { trie: prefixes(clauses.iter().enumerate()), clauses: &clauses };
+            let trie = prefixes(clauses.iter().enumerate());
+            let maps = Maps { sieve: Sieve::new(trie.keys()), trie, clauses: &clauses };
             for packet in &packets {
                 for way in [Direction::Egress, Direction::Ingress] {
                     let set = matching::by_network(&table, matching::live(&table, way), packet, &maps);

@@ -209,6 +209,8 @@ pub struct Table {
     pub live: [Cell; 2],
     /// Clauses that any address of a peer satisfies.
     pub any_peer: Cell,
+    /// Grains of the sieve of peers that are in use: see [`crate::sieve`].
+    pub grains: Cell,
     /// Clauses that any value satisfies, none at all included, by [`Dimension`].
     pub any: [Cell; 7],
     /// Clauses that packets of any socket satisfy.
@@ -252,6 +254,7 @@ impl Default for Table {
         Self {
             live: Default::default(),
             any_peer: Cell::default(),
+            grains: Cell::default(),
             any: Default::default(),
             any_cgroup: Cell::default(),
             owners: Cell::default(),

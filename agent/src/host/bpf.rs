@@ -34,6 +34,7 @@ use squall_common::{
     packet::Address,
     quantiles::{NORMAL, PARETO, PARETONORMAL, Quantiles},
     rules::Cidr,
+    sieve::WORDS,
     table::{Bucket, Cell, Direction, HISTOGRAM, QUANTILES, RULES, SETS, TABLES, Table},
 };
 
@@ -120,6 +121,7 @@ pub struct Programs {
     distributions: Array<MapData, [i16; QUANTILES]>,
     cgroups: HashMap<MapData, u64, u64>,
     endpoints: HashMap<MapData, u32, u64>,
+    sieve: Mapped<[Cell; WORDS]>,
     v4: LpmTrie<MapData, [u8; 4], u64>,
     v6: LpmTrie<MapData, [u8; 16], u64>,
     logger: AbortHandle,
@@ -246,6 +248,7 @@ impl Programs {
         let distributions = Array::try_from(map("DISTRIBUTIONS")?)?;
         let cgroups = HashMap::try_from(map("CGROUP_SETS")?)?;
         let endpoints = HashMap::try_from(map("PORT_OWNERS")?)?;
+        let sieve = Mapped::new(map("PEER_SIEVE")?)?;
         let v4 = LpmTrie::try_from(map("PEERS_V4")?)?;
         let v6 = LpmTrie::try_from(map("PEERS_V6")?)?;
         let logger = forward_log(&mut ebpf)?;
@@ -257,6 +260,7 @@ impl Programs {
             distributions,
             cgroups,
             endpoints,
+            sieve,
             v4,
             v6,
             logger,
@@ -344,6 +348,11 @@ impl Programs {
     /// The clauses by [`squall_common::table::Dimension`].
     pub fn sets(&self) -> &[Cell; SETS] {
         &self.sets
+    }
+
+    /// The sieve in front of the prefixes.
+    pub fn sieve(&self) -> &[Cell; WORDS] {
+        &self.sieve
     }
 
     /// Says which clauses an address prefix satisfies.
@@ -473,6 +482,8 @@ pub unsafe trait Shared {}
 unsafe impl Shared for Table {}
 // SAFETY: cells only.
 unsafe impl Shared for [Cell; SETS] {}
+// SAFETY: cells only.
+unsafe impl Shared for [Cell; WORDS] {}
 // SAFETY: a bucket is two cells.
 unsafe impl Shared for [Bucket; HISTOGRAM] {}
 
