@@ -55,7 +55,7 @@ pub fn passes(grains: u64, peer: &Peer, word: impl Fn(usize) -> u64) -> bool {
 mod user {
     use std::{vec, vec::Vec};
 
-    use super::{GRAINS, V6, WORDS, bit};
+    use super::{V6, WORDS, bit};
     use crate::{packet::Peer, rules::Cidr};
 
     /// What a sieve is to be.
@@ -76,8 +76,7 @@ mod user {
                 let peer = Peer::from(cidr.address());
                 let (family, lengths) =
                     if peer.v6 == 0 { (0, [32, 24, 16, 8, 0]) } else { (V6, [128, 64, 48, 32, 0]) };
-                let grain = lengths.iter().position(|&length| length <= cidr.prefix_len());
-                let grain = grain.unwrap_or(GRAINS - 1);
+                let grain = lengths.iter().filter(|&&length| length > cidr.prefix_len()).count();
                 let bit = bit(&peer, grain);
                 sieve.grains |= 1 << (family + grain);
                 sieve.words[bit / 64] |= 1 << (bit % 64);

@@ -767,10 +767,7 @@ impl Port {
         }
         // What is new passes the sieve before it is there, and what is old until it is gone.
         let sieve = Sieve::new(peers.keys());
-        let grains = &self.programs.table().grains;
-        grains.set(sieve.grains);
-        let words = || self.programs.sieve().iter().zip(&sieve.words);
-        words().filter(|(cell, word)| cell.load() != **word).for_each(|(cell, word)| cell.set(*word));
+        self.write_sieve(&sieve, Cell::set);
         for (cidr, set) in &peers {
             if self.trie.get(cidr) != Some(set) {
                 self.programs.set_peers(cidr, *set)?;
@@ -779,9 +776,7 @@ impl Port {
         for cidr in self.trie.keys().filter(|cidr| !peers.contains_key(cidr)) {
             self.programs.remove_peers(cidr)?;
         }
-        let words = || self.programs.sieve().iter().zip(&sieve.words);
-        words().filter(|(cell, word)| cell.load() != **word).for_each(|(cell, word)| cell.store(*word));
-        self.programs.table().grains.store(sieve.grains);
+        self.write_sieve(&sieve, Cell::store);
         self.trie = peers;
         for (id, set) in &cgroups {
             if self.cgroups.get(id) != Some(set) {
@@ -795,6 +790,12 @@ impl Port {
         let asks = clauses().any(|(_, clause)| clause.ingress && clause.cgroups.is_some());
         self.programs.table().owners.store(u64::from(asks));
         Ok(())
+    }
+
+    fn write_sieve(&self, sieve: &Sieve, write: impl Fn(&Cell, u64)) {
+        let words = self.programs.sieve().iter().zip(&sieve.words);
+        let all = words.chain([(&self.programs.table().grains, &sieve.grains)]);
+        all.filter(|(cell, word)| cell.load() != **word).for_each(|(cell, word)| write(cell, *word));
     }
 
     /// Sets up the detours of a rule.
