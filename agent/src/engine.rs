@@ -48,8 +48,6 @@ const REMEMBERED: usize = 256;
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// A measurement so young is as good as a new one. However many ask, a revert does not wait behind them.
 const FRESH: Duration = Duration::from_millis(10);
-/// How often the file that stops this node is looked for.
-const STOPPED_EVERY: Duration = Duration::from_millis(250);
 /// First pause after a failed revert; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -462,12 +460,13 @@ impl Engine {
 
     /// Reverts what is live in spite of a stop, for as long as this runs.
     pub async fn obey_stop(&self) {
-        let mut look = tokio::time::interval(STOPPED_EVERY);
+        let mut watch = self.0.stop.watch();
         loop {
-            look.tick().await;
-            if self.stopped() && self.list().iter().any(is_unstopped) {
+            let stopped = self.stopped();
+            if stopped && self.list().iter().any(is_unstopped) {
                 self.end_stopped().await;
             }
+            watch.next(stopped).await;
         }
     }
 

@@ -51,8 +51,9 @@ impl fmt::Display for BootTime {
     }
 }
 
-/// Longest nap of [`sleep_until`]: how late it may notice that the machine was suspended.
-const NAP: Duration = Duration::from_millis(500);
+/// Longest nap of [`sleep_until`]: how late it may notice that the machine was suspended. Longer than a second, after which whoever holds
+/// an injection looks anyway: an agent is not to wake up three times for that.
+const NAP: Duration = Duration::from_secs(2);
 
 /// Sleeps until a time on CLOCK_BOOTTIME. Tokio's own timers stand still in a suspend, so it looks again after each nap.
 pub async fn sleep_until(time: BootTime) {
