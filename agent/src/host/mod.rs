@@ -4,6 +4,7 @@ pub mod bpf;
 pub mod caps;
 pub mod cgroup;
 pub mod line;
+pub mod localnet;
 #[expect(unsafe_code, reason = "maps and locks memory")]
 pub mod memory;
 pub mod netns;

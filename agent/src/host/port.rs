@@ -3,6 +3,9 @@
 //! Injections share the port of an interface. The first that needs it opens it, the last that leaves closes it; each adds
 //! only what it needs (a hook per direction, a queue per direction). All changes to live rules are writes to maps.
 
+mod figures;
+mod support;
+
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, RandomState},
@@ -14,7 +17,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use squall_common::{
     decide::{Action, Mode},
-    histogram::{BUCKETS, bound, quantile},
+    histogram::BUCKETS,
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, prefixes},
@@ -22,10 +25,16 @@ use squall_common::{
     table::{CLAUSES, Cell, Dimension, Direction, LANES, Lane, RULES, Rule},
 };
 
+use self::support::{attach_line, attach_tap};
+pub use self::{
+    figures::Figures,
+    support::{Holder, Support},
+};
 use super::{
     bpf::{Hook, Program, Programs, remove_filters, socket_cgroups},
-    line::{self, Line},
-    netns::{Netns, run_in_new},
+    line::Line,
+    localnet,
+    netns::Netns,
     tap::{Desk, Device, Tap},
     tc::{Interface, Netlink},
 };
@@ -34,122 +43,6 @@ use crate::{crash, fault::Window, frame::Dns, time::BootTime};
 /// How long a port waits for packets on their way before it takes the way from them.
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
 const LOOPBACK: u32 = 1;
-
-// ---- what this node can do -----------------------------------------------------------------------------------------
-
-/// What was found by trying.
-#[derive(Debug, Clone)]
-pub struct Support {
-    /// How programs are attached.
-    pub hook: Hook,
-    /// Why a line with `sch_fq` cannot be used; `None` where it can.
-    pub no_line: Option<String>,
-    /// Why a TAP queue cannot be used; `None` where it can.
-    pub no_tap: Option<String>,
-    /// Whether packets can be chosen by the cgroup (v2) of their socket.
-    pub cgroups: bool,
-}
-
-/// How packets are held back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Holder {
-    /// Departure times (EDT) that `sch_fq` keeps, on a veth pair beside the interface.
-    Line,
-    /// A TAP device with a queue in the agent.
-    Tap,
-}
-
-impl Support {
-    /// Tries everything in a network namespace that nobody else sees. Must be called within the runtime.
-    pub fn probe() -> Result<Self> {
-        let mut programs = Programs::get()?;
-        run_in_new(move || {
-            let mut netlink = Netlink::open()?;
-            let hook = match programs.attach(Program::Port(Direction::Egress), "lo", Hook::Tcx) {
-                Ok(()) => Hook::Tcx,
-                Err(tcx) => {
-                    netlink.add_clsact(LOOPBACK)?;
-                    programs
-                        .attach(Program::Port(Direction::Egress), "lo", Hook::Clsact)
-                        .with_context(|| format!("neither TCX ({tcx:#}) nor a classifier can be attached"))?;
-                    Hook::Clsact
-                }
-            };
-            let line = Line::create(&mut netlink, LOOPBACK, false, Duration::ZERO)
-                .and_then(|line| attach_line(&mut programs, &mut netlink, line, LOOPBACK, false, hook));
-            let no_line = line.err().map(|e| format!("{:#}", e.root_cause()));
-            let tap = [true, false].into_iter().try_for_each(|whole| {
-                let device = Device::create(whole)?;
-                attach_tap(&mut programs, &mut netlink, &device, hook)?;
-                device.up()
-            });
-            let no_tap = tap.err().map(|e| format!("{e:#}"));
-            programs.detach();
-            if hook == Hook::Tcx
-                && let Err(error) = Netns::scratch().and_then(|netns| programs.keep_warm(netns))
-            {
-                tracing::debug!("faults begin some milliseconds later than they could: {error:#}");
-            }
-            programs.give_back();
-            Ok(Self { hook, no_line, no_tap, cgroups: socket_cgroups() })
-        })
-    }
-
-    /// How packets can be held back on an interface. The error says what is missing.
-    pub fn holder(&self, interface: &Interface) -> Result<Holder> {
-        let name = &interface.name;
-        if interface.link_header != Some(14) {
-            bail!("packets on {name} cannot be delayed: that needs an interface with Ethernet headers");
-        }
-        match (&self.no_line, &self.no_tap) {
-            (None, _) => Ok(Holder::Line),
-            (Some(_), None) => Ok(Holder::Tap),
-            (Some(line), Some(tap)) => {
-                bail!("packets on {name} cannot be delayed: no sch_fq ({line}), and no TAP queue ({tap})")
-            }
-        }
-    }
-
-    /// Refuses where packets on an interface cannot be changed or answered.
-    pub fn worker(&self, interface: &Interface) -> Result<()> {
-        let name = &interface.name;
-        match (&self.no_tap, interface.link_header) {
-            (Some(reason), _) => bail!("packets on {name} cannot be changed: no TAP queue ({reason})"),
-            (None, Some(14)) => Ok(()),
-            (None, _) => {
-                bail!("packets on {name} cannot be changed: that needs an interface with Ethernet headers")
-            }
-        }
-    }
-}
-
-fn attach_tap(programs: &mut Programs, netlink: &mut Netlink, device: &Device, hook: Hook) -> Result<()> {
-    if hook == Hook::Clsact {
-        netlink.add_clsact(device.index())?;
-    }
-    crash::step("port.tap.program")?;
-    programs.attach(Program::TapOut, device.name(), hook)?;
-    programs.attach(Program::TapIn, device.name(), hook)
-}
-
-fn attach_line(
-    programs: &mut Programs,
-    netlink: &mut Netlink,
-    line: Line,
-    interface: u32,
-    outside: bool,
-    hook: Hook,
-) -> Result<()> {
-    for (name, end) in line::names(interface, outside).iter().zip(line.ends) {
-        if hook == Hook::Clsact {
-            netlink.add_clsact(end)?;
-        }
-        crash::step("port.line.program")?;
-        programs.attach(Program::LineOut, name, hook)?;
-        programs.attach(Program::LineIn, name, hook)?;
-    }
-    Ok(())
-}
 
 /// What a rule is about, and what it does.
 #[derive(Debug, Clone, PartialEq)]
@@ -399,91 +292,6 @@ impl Drop for Owned {
         if let Err(error) = settled {
             tracing::warn!("starting a thread to close a port: {error}");
         }
-    }
-}
-
-/// What a rule did, in packets where nothing else is said. One GSO packet is one packet.
-#[derive(Debug, Clone, Default)]
-pub struct Figures {
-    /// Matched.
-    pub matched: u64,
-    /// Segments of those.
-    pub segments: u64,
-    /// Bytes of those.
-    pub bytes: u64,
-    /// Dropped.
-    pub dropped: u64,
-    /// Marked instead of dropped (ECN).
-    pub marked: u64,
-    /// Held back.
-    pub delayed: u64,
-    /// Sent twice.
-    pub duplicated: u64,
-    /// With a bit flipped.
-    pub corrupted: u64,
-    /// Sent ahead of others.
-    pub reordered: u64,
-    /// Refused with an answer.
-    pub refused: u64,
-    /// Upon which a connection was reset.
-    pub reset: u64,
-    /// DNS queries answered.
-    pub answered: u64,
-    /// That were to be hurt otherwise and got lost for want of memory, or of a CPU to take them.
-    pub failed: u64,
-    /// From the beginning of the fault to the first packet that matched.
-    pub first_match: Option<Duration>,
-    delays: Vec<(u64, u64)>,
-}
-
-/// Delays of about the same length.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DelayBucket {
-    /// They are shorter than this, in nanoseconds.
-    pub up_to_ns: u64,
-    /// Packets.
-    pub count: u64,
-    /// Sum of their delays in nanoseconds.
-    pub sum_ns: u64,
-}
-
-impl Figures {
-    /// Both together: packets and bytes add up, delays are one distribution.
-    #[must_use]
-    pub fn plus(mut self, other: &Self) -> Self {
-        self.matched += other.matched;
-        self.segments += other.segments;
-        self.bytes += other.bytes;
-        self.dropped += other.dropped;
-        self.marked += other.marked;
-        self.delayed += other.delayed;
-        self.duplicated += other.duplicated;
-        self.corrupted += other.corrupted;
-        self.reordered += other.reordered;
-        self.refused += other.refused;
-        self.reset += other.reset;
-        self.answered += other.answered;
-        self.failed += other.failed;
-        self.first_match = [self.first_match, other.first_match].into_iter().flatten().min();
-        self.delays.resize(BUCKETS, (0, 0));
-        for (mine, theirs) in self.delays.iter_mut().zip(&other.delays) {
-            mine.0 += theirs.0;
-            mine.1 += theirs.1;
-        }
-        self
-    }
-
-    /// The delays that were added, as measured.
-    #[must_use]
-    pub fn delays(&self) -> Vec<DelayBucket> {
-        let all = self.delays.iter().enumerate().filter(|(_, (count, _))| *count > 0);
-        all.map(|(i, &(count, sum_ns))| DelayBucket { up_to_ns: bound(i), count, sum_ns }).collect()
-    }
-
-    /// A quantile of the delay that was added, as measured, in seconds; `None` where no packet was delayed.
-    #[must_use]
-    pub fn delay(&self, q: f64) -> Option<f64> {
-        quantile(&self.delays, q).map(|ns| ns / 1e9)
     }
 }
 
@@ -1046,58 +854,6 @@ fn drain(netlink: &mut Netlink, line: Line, longest: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Whether the loopback interface of the calling thread's network namespace takes packets of this host that come without
-/// their route, as they do after a detour: `route_localnet` for addresses in 127.0.0.0/8 (`ip_route_input_slow`, Linux 6.1
-/// net/ipv4/route.c), `accept_local` for all of the host's own (`fib_validate_source`, net/ipv4/fib_frontend.c). For this
-/// interface alone they let nobody in: what comes from it comes from this host.
-pub mod localnet {
-    use std::fs;
-
-    use anyhow::{Context, Result};
-    use serde::{Deserialize, Serialize};
-
-    use crate::crash;
-
-    const FILES: [&str; 2] =
-        ["/proc/sys/net/ipv4/conf/lo/route_localnet", "/proc/sys/net/ipv4/conf/lo/accept_local"];
-
-    /// Which of the two settings were changed, and have to be taken back.
-    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-    pub struct Changed([bool; 2]);
-
-    impl Changed {
-        /// Whether any was.
-        #[must_use]
-        pub fn any(self) -> bool {
-            self.0.contains(&true)
-        }
-
-        /// Either's.
-        #[must_use]
-        pub fn or(self, other: Self) -> Self {
-            Self([self.0[0] || other.0[0], self.0[1] || other.0[1]])
-        }
-    }
-
-    /// Which settings would have to change.
-    pub fn missing() -> Result<Changed> {
-        let off = |file: &str| {
-            let text = fs::read_to_string(file).with_context(|| format!("reading {file}"))?;
-            anyhow::Ok(text.trim() == "0")
-        };
-        Ok(Changed([off(FILES[0])?, off(FILES[1])?]))
-    }
-
-    /// Switches settings on, or off again.
-    pub fn set(which: Changed, on: bool) -> Result<()> {
-        for (file, _) in FILES.iter().zip(which.0).filter(|(_, changed)| *changed) {
-            crash::step("localnet.write")?;
-            fs::write(file, if on { "1" } else { "0" }).with_context(|| format!("writing {file}"))?;
-        }
-        Ok(())
-    }
-}
-
 /// A number that nobody can guess, from the seed that the standard library draws for its hash tables.
 #[must_use]
 pub fn random() -> u64 {
@@ -1105,262 +861,4 @@ pub fn random() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::IpAddr;
-
-    use etherparse::PacketBuilder;
-    use proptest::{
-        collection::vec,
-        option,
-        prelude::*,
-        test_runner::{Config, TestRunner},
-    };
-    use squall_common::{
-        decide::{self, COPY, Chance, LossModel, Memory, threshold},
-        packet::{self, Address, Packet},
-        rules::{Flags, Ports},
-    };
-
-    use super::*;
-
-    const ALWAYS: Window = Window { not_before: BootTime(0), until: BootTime(u64::MAX) };
-    /// A departure of a detour, and a loss at egress.
-    const REDIRECT: i32 = 7;
-    const SHOT: i32 = 2;
-    const NEXT: i32 = -1;
-
-    /// What a person means by a clause.
-    fn means(clause: &Clause, packet: &Packet, way: Direction) -> bool {
-        let host = match packet.peer.address() {
-            Address::V4(a) => Cidr::new(IpAddr::from(a), 32),
-            Address::V6(a) => Cidr::new(IpAddr::from(a), 128),
-        };
-        let host = host.expect("a host");
-        let value = |dimension: Dimension| match dimension {
-            Dimension::PeerPort => packet.ports().map(|(peer, _)| peer),
-            Dimension::LocalPort => packet.ports().map(|(_, local)| local),
-            Dimension::Vlan => Some(packet.vlan as u16),
-            Dimension::Dscp => Some(packet.dscp as u16),
-            Dimension::Icmp => packet.icmp_type.get().map(|t| t as u16),
-            Dimension::Flags => packet.tcp_flags.get().map(|f| f as u16),
-            Dimension::Fragment => Some(packet.fragment as u16),
-        };
-        (match way {
-            Direction::Egress => clause.egress,
-            Direction::Ingress => clause.ingress,
-        }) && clause.protocol.is_none_or(|p| p as u64 == packet.kind)
-            && (clause.cidrs.is_empty() || clause.cidrs.iter().any(|c| c.covers(&host)))
-            && Dimension::ALL.into_iter().all(|d| {
-                clause.values(d).is_none_or(|wanted| value(d).is_some_and(|value| wanted.contains(&value)))
-            })
-    }
-
-    /// A rule, as plainly as it can be written down.
-    struct Model {
-        spec: Spec,
-        window: Window,
-        memory: Memory<Cell>,
-        action: Action<Cell>,
-        /// Matched, dropped, delayed.
-        counts: [u64; 3],
-    }
-
-    impl Model {
-        fn new(spec: &Spec, window: Window) -> Self {
-            let action = Action::<Cell>::default();
-            action.store(&spec.action);
-            Self { spec: spec.clone(), window, memory: Memory::default(), action, counts: [0; 3] }
-        }
-
-        /// The verdict, if the packet is this rule's.
-        fn judge(&mut self, packet: &Packet, way: Direction) -> Option<i32> {
-            let clauses = &self.spec.clauses;
-            let matching = clauses.iter().find(|clause| means(clause, packet, way))?;
-            if matching.except || self.window.until.0 == 0 {
-                return None;
-            }
-            let n = self.counts[0];
-            self.counts[0] += 1;
-            if !decide::touched(&self.action, n, || packet.flow()) {
-                return Some(NEXT);
-            }
-            // Nobody is sent twice here: a copy would really leave.
-            assert!(!decide::duplicated(&self.action, &self.memory, n) && n & COPY == 0);
-            if decide::lost(&self.action, &self.memory, n) {
-                self.counts[1] += 1;
-                return Some(if way == Direction::Egress { REDIRECT } else { SHOT });
-            }
-            if self.spec.action.latency > 0 && !decide::ahead(&self.action, &self.memory, n) {
-                self.counts[2] += 1;
-                return Some(REDIRECT);
-            }
-            Some(NEXT)
-        }
-    }
-
-    fn frames() -> impl Strategy<Value = Vec<u8>> {
-        let tcp = (0..16_u8).prop_map(|flags| (0_u8, flags));
-        let udp = Just((1_u8, 0_u8));
-        let icmp = prop_oneof![Just(0_u8), Just(8)].prop_map(|kind| (2_u8, kind));
-        let what = prop_oneof![tcp, udp, icmp];
-        let tag = option::weighted(0.3, 1..4_u16);
-        (what, any::<bool>(), 0..3_u8, 0..3_u8, (1..12_u16, 1..12_u16), 0..4_u8, tag, any::<bool>()).prop_map(
-            |((kind, detail), v6, a, b, (source, destination), dscp, tag, fragment)| {
-                let v4 = |x: u8| [10, x, 0, x];
-                let long = |x: u8| [0xfd, x, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, x];
-                let ip = if v6 {
-                    PacketBuilder::ipv6(long(a), long(b), 9)
-                } else {
-                    PacketBuilder::ipv4(v4(a), v4(b), 9)
-                };
-                let mut packet = Vec::new();
-                match kind {
-                    0 => {
-                        let mut tcp = ip.tcp(source, destination, 1, 1);
-                        if detail & 1 != 0 {
-                            tcp = tcp.fin();
-                        }
-                        if detail & 2 != 0 {
-                            tcp = tcp.syn();
-                        }
-                        if detail & 4 != 0 {
-                            tcp = tcp.psh();
-                        }
-                        if detail & 8 != 0 {
-                            tcp = tcp.ack(1);
-                        }
-                        tcp.write(&mut packet, b"data")
-                    }
-                    1 => ip.udp(source, destination).write(&mut packet, b"data"),
-                    _ if v6 => ip.icmpv6_echo_request(1, 1).write(&mut packet, b"data"),
-                    _ if detail == 0 => ip.icmpv4_echo_reply(1, 1).write(&mut packet, b"data"),
-                    _ => ip.icmpv4_echo_request(1, 1).write(&mut packet, b"data"),
-                }
-                .expect("it fits");
-                if v6 {
-                    packet[0] |= dscp >> 2;
-                    packet[1] |= dscp << 6;
-                } else {
-                    packet[1] = dscp << 2;
-                    if fragment {
-                        // The second of several.
-                        packet[6..8].copy_from_slice(&0x2001_u16.to_be_bytes());
-                    }
-                }
-                let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
-                if let Some(tag) = tag {
-                    frame.extend([0x81, 0]);
-                    frame.extend(tag.to_be_bytes());
-                }
-                frame.extend(if v6 { [0x86, 0xdd] } else { [0x08, 0x00] });
-                frame.extend(packet);
-                frame
-            },
-        )
-    }
-
-    prop_compose! {
-        fn clauses()(
-            except in proptest::bool::weighted(0.2), way in 0..3_u8,
-            cidrs in vec((any::<bool>(), 0..3_u8, 0..=32_u8), 0..3), peer_ports in vec((1..12_u16, 0..4_u16), 0..2),
-            local_ports in vec((1..12_u16, 0..4_u16), 0..2),
-            protocol in option::weighted(0.3, prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Icmp)]),
-            dscp in vec(0..4_u8, 0..2), vlans in vec(0..4_u16, 0..2), icmp_types in vec(prop_oneof![Just(0_u8), Just(8), Just(128)], 0..2),
-            tcp_flags in option::weighted(0.15, (0..16_u8, 0..16_u8)), fragments in option::weighted(0.2, any::<bool>()),
-        ) -> Clause {
-            let ports = |all: Vec<(u16, u16)>| all.into_iter().map(|(first, more)| Ports { first, last: first + more }).collect();
-            let cidr = |(v6, x, len): (bool, u8, u8)| if v6 {
-                Cidr::new(IpAddr::from([0xfd, x, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, x]), len * 4)
-            } else {
-                Cidr::new(IpAddr::from([10, x, 0, x]), len)
-            };
-            Clause {
-                except,
-                egress: way != 1,
-                ingress: way != 0,
-                cidrs: cidrs.into_iter().filter_map(cidr).collect(),
-                peer_ports: ports(peer_ports),
-                local_ports: ports(local_ports),
-                protocol,
-                dscp,
-                vlans,
-                icmp_types,
-                tcp_flags: tcp_flags.map(|(set, clear)| Flags { set, clear: clear & !set }),
-                fragments,
-                cgroups: None,
-            }
-        }
-    }
-
-    prop_compose! {
-        fn actions()(
-            seed in 1..1000_u64, share in prop_oneof![Just(1.0), 0.2..0.9_f64], flows in prop_oneof![Just(1.0), 0.2..0.9_f64],
-            loss in 0..5_u8, ratio in 0.1..0.9_f64, correlation in prop_oneof![Just(0.0), 0.1..0.8_f64],
-            latency in prop_oneof![Just(0_u64), Just(1_000_000)], reorder in prop_oneof![Just(0.0), 0.2..0.8_f64], gap in 1..4_u64,
-        ) -> Action<u64> {
-            let action = Action { share: threshold(share), flow_share: threshold(flows), latency, ..Action::new(seed) };
-            let action = match loss {
-                1 => action.with_loss(ratio, correlation),
-                2 => action.with_gilbert_elliott(ratio / 2.0, ratio, 0.9, 0.1),
-                3 => action.with_four_states(ratio / 2.0, ratio / 2.0, 0.2, ratio, 0.1),
-                4 => Action { loss: 1 + seed % 5, loss_model: LossModel::Every as u64, ..action },
-                _ => action,
-            };
-            if latency > 0 { Action { reorder: Chance::new(reorder, correlation), gap, ..action } } else { action }
-        }
-    }
-
-    /// Random rules and random packets: what the program in the kernel does is what the model says, packet by packet, and so
-    /// are its counters. Needs root.
-    #[tokio::test(flavor = "multi_thread")]
-    async fn privileged_the_kernel_does_what_the_rules_mean() {
-        let port = Mutex::new(scratch().expect("root, and a kernel with eBPF"));
-        let rules = vec((vec(clauses(), 1..5), actions(), proptest::bool::weighted(0.9)), 1..6);
-        let traffic = vec((frames(), any::<bool>()), 20..60);
-        let mut runner =
-            TestRunner::new(Config { cases: 200, failure_persistence: None, ..Config::default() });
-        let result = runner.run(&(rules, traffic), |(rules, traffic)| {
-            let mut port = lock(&port);
-            let netns = Arc::clone(&port.netns);
-            let mut models = Vec::new();
-            for (clauses, action, on) in rules {
-                let mut clauses = clauses;
-                clauses.sort_by_key(|clause| !clause.except);
-                let spec = Spec { clauses, action, quantiles: None, dns: None, endpoints: BTreeMap::new() };
-                let window = if on { ALWAYS } else { Window { until: BootTime(0), ..ALWAYS } };
-                let rule = port.add(spec.clone(), window).expect("added");
-                models.push((rule, Model::new(&spec, window)));
-            }
-            let table = Arc::clone(&port.desk.table);
-            let programs = &mut port.programs;
-            let verdicts = netns.run(|| {
-                let run = |(frame, out): &(Vec<u8>, bool)| {
-                    let way = if *out { Direction::Egress } else { Direction::Ingress };
-                    Ok((way, frame.clone(), programs.run(Program::Port(way), frame, 1)?.0))
-                };
-                traffic.iter().map(run).collect::<Result<Vec<_>>>()
-            });
-            for (i, (way, frame, verdict)) in verdicts.expect("run").into_iter().enumerate() {
-                let ethertype = u16::from_be_bytes([frame[12], frame[13]]);
-                let packet = packet::parse(&frame[..], ethertype, 0, 14, way);
-                let judged =
-                    packet.and_then(|p| models.iter_mut().find_map(|(_, model)| model.judge(&p, way)));
-                prop_assert_eq!(verdict, judged.unwrap_or(NEXT), "packet {} {:?} {:?}", i, way, packet);
-            }
-            for (rule, model) in &models {
-                let cells = &table.rules[*rule];
-                let counted = [&cells.matched, &cells.dropped, &cells.delayed].map(Cell::load);
-                prop_assert_eq!(counted, model.counts);
-            }
-            for (rule, _) in models {
-                port.remove(rule).expect("removed");
-            }
-            // Programs serve one interface after the other, so that nothing may stay in the sieve.
-            let left = table.grains.load() != 0 || port.programs.sieve().iter().any(|word| word.load() != 0);
-            prop_assert!(!left, "the sieve is not empty");
-            Ok(())
-        });
-        result.unwrap_or_else(|failure| panic!("{failure}"));
-        port.into_inner().unwrap_or_else(PoisonError::into_inner).close().expect("closed");
-    }
-}
+mod tests;
