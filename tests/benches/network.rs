@@ -712,8 +712,7 @@ async fn neighbours(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
         // Each is first as often as the other.
         for side in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
             let injection = if side == 0 {
-                duel.agent.restart().await?;
-                duel.client = duel.agent.client().await?;
+                duel.restart().await?;
                 let injection = duel.inject(elsewhere()).await?;
                 at_rest(duel)?;
                 Some(injection)
@@ -729,8 +728,7 @@ async fn neighbours(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
             }
         }
     }
-    duel.agent.restart().await?;
-    duel.client = duel.agent.client().await?;
+    duel.restart().await?;
     let [ours, none] = all.map(|turns| turns.into_iter().unzip::<f64, f64, Vec<_>, Vec<_>>());
     let (throughput, p99) = (Pairs::new(&[ours.0, none.0]), Pairs::new(&[ours.1, none.1]));
     Ok(vec![

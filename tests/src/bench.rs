@@ -45,6 +45,13 @@ impl Bench {
         Ok(Self { lab, agent, client, before })
     }
 
+    /// Starts the agent again, after it has ended.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.agent.restart().await?;
+        self.client = self.agent.client().await?;
+        Ok(())
+    }
+
     /// Takes how the lab is now for how it is to be in the end.
     pub fn settle(&mut self) -> Result<()> {
         self.before = [self.lab.near.state()?, self.lab.far.state()?];
@@ -62,14 +69,24 @@ impl Bench {
         self.inject_into(self.near(), fault).await
     }
 
-    /// Injects a fault for two minutes. Fails unless that is one injection, and active.
+    /// Injects a fault for four minutes, longer than any test needs it.
     pub async fn inject_into(&mut self, target: Target, fault: NetworkFault) -> Result<Injection> {
+        self.inject_for(target, fault, 240 * SECOND).await
+    }
+
+    /// Injects a fault for so many nanoseconds. Fails unless that is one injection, and active.
+    pub async fn inject_for(
+        &mut self,
+        target: Target,
+        fault: NetworkFault,
+        duration_ns: u64,
+    ) -> Result<Injection> {
         let request = ArmRequest {
             id: unique("injection"),
             target: Some(target),
             fault: Some(Fault { kind: Some(fault::Kind::Network(fault)) }),
-            duration_ns: 120 * SECOND,
-            lease_ns: 60 * SECOND,
+            duration_ns,
+            lease_ns: duration_ns,
             dry_run: false,
             only: Vec::new(),
         };

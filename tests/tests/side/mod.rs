@@ -1,22 +1,23 @@
 //! Two sides of a comparison on one wire, in turns: a fault of the agent's, and what netem does when asked for the same.
 
-use std::{fs, net::IpAddr, time::Duration};
+use std::{
+    fs,
+    net::IpAddr,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use squall_lab::{Probe, Seen, stats};
 use squall_proto::v1::{
-    ArmRequest, Chance, Corrupt, Delay, Direction, Distribution, Fault, Injection, InterfaceSelector, Loss,
-    NetworkFault, Peer, PortRange, Protocol, Rate, Reorder, RevertRequest, State, Target, UpdateRequest,
-    agent_client::AgentClient, fault, target,
+    Chance, Corrupt, Delay, Direction, Distribution, Injection, Loss, NetworkFault, Peer, PortRange,
+    Protocol, Rate, Reorder,
 };
-use squall_tests::{Agent, AgentOptions, Lab, unique};
-use tonic::transport::Channel;
+pub use squall_tests::MS;
+use squall_tests::{Bench, Lab};
 
-/// A millisecond in nanoseconds.
-pub const MS: u64 = 1_000_000;
 /// The port of the probes.
 pub const PORT: u16 = 9_999;
-const SECOND: u64 = 1_000 * MS;
 
 /// What hurts the wire.
 #[derive(Debug, Clone)]
@@ -36,18 +37,31 @@ impl Side {
     }
 }
 
-/// A lab, and an agent for its near side.
+/// A lab with an agent that hurts its near side, as netem does in its turn.
 pub struct Duel {
-    pub lab: Lab,
-    pub agent: Agent,
-    pub client: AgentClient<Channel>,
+    bench: Bench,
     /// Whether this kernel has netem.
     pub netem: bool,
 }
 
+impl Deref for Duel {
+    type Target = Bench;
+
+    fn deref(&self) -> &Bench {
+        &self.bench
+    }
+}
+
+impl DerefMut for Duel {
+    fn deref_mut(&mut self) -> &mut Bench {
+        &mut self.bench
+    }
+}
+
 impl Duel {
     pub async fn new(tag: &str) -> Result<Self> {
-        let lab = Lab::new(tag)?;
+        let bench = Bench::new(tag).await?;
+        let lab = &bench.lab;
         let netem = lab.near.tc("qdisc add dev near0 root netem").is_ok();
         if netem {
             lab.near.tc("qdisc del dev near0 root")?;
@@ -64,9 +78,7 @@ impl Duel {
             netns.inside(|| Ok(fs::write("/proc/sys/net/ipv4/tcp_no_metrics_save", "1")?))?;
         }
         lab.near.ping(Lab::FAR, 3, Duration::from_millis(10))?;
-        let agent = Agent::start(AgentOptions::default()).await?;
-        let client = agent.client().await?;
-        Ok(Self { lab, agent, client, netem })
+        Ok(Self { bench, netem })
     }
 
     /// Measures while a side hurts the wire. Ours also says what it did.
@@ -96,46 +108,11 @@ impl Duel {
     pub async fn probe(&mut self, side: &Side, probe: Probe) -> Result<(Seen, Option<Injection>)> {
         self.during(side, |lab| probe.run(&lab.near, &lab.far, Lab::FAR)).await
     }
-
-    pub async fn inject(&mut self, fault: NetworkFault) -> Result<Injection> {
-        let netns = self.lab.near.path().display().to_string();
-        let selector = InterfaceSelector { name: "near0".into(), netns };
-        let request = ArmRequest {
-            id: unique("injection"),
-            target: Some(Target { kind: Some(target::Kind::Interface(selector)) }),
-            fault: Some(Fault { kind: Some(fault::Kind::Network(fault)) }),
-            duration_ns: 240 * SECOND,
-            lease_ns: 240 * SECOND,
-            dry_run: false,
-            only: Vec::new(),
-        };
-        let made = self.client.inject(request).await?.into_inner().injections;
-        let [injection] = <[Injection; 1]>::try_from(made).ok().context("not one injection")?;
-        ensure!(injection.state() == State::Active, "{injection:?}");
-        Ok(injection)
-    }
-
-    pub async fn update(&mut self, id: &str, fault: NetworkFault) -> Result<()> {
-        let fault = Some(Fault { kind: Some(fault::Kind::Network(fault)) });
-        self.client.update(UpdateRequest { id: id.into(), fault }).await?;
-        Ok(())
-    }
-
-    /// Ends an injection, and says what it did.
-    pub async fn revert(&mut self, id: &str) -> Result<Injection> {
-        let request = RevertRequest { ids: vec![id.into()], all: false };
-        let ended = self.client.revert(request).await?.into_inner().injections;
-        let [injection] = <[Injection; 1]>::try_from(ended).ok().context("not one injection")?;
-        ensure!(injection.state() == State::Reverted, "{injection:?}\n{}", self.agent.log());
-        Ok(injection)
-    }
 }
 
 /// What an injection counted; 0 where it does not have the figure.
 pub fn figure(injection: Option<&Injection>, name: &str) -> u64 {
-    let figures = injection.and_then(|injection| injection.effect.as_ref()).map(|effect| &effect.figures);
-    let figure = figures.into_iter().flatten().find(|figure| figure.name == name);
-    figure.map_or(0, |figure| figure.value as u64)
+    injection.map_or(0, |injection| squall_tests::figure(injection, name) as u64)
 }
 
 /// A fault of everything that leaves near0.
