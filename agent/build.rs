@@ -36,13 +36,15 @@ fn build() -> Result<(), String> {
     let rustc = find_rustc()?;
     let linker = find_linker()?;
     let llvm = only_llvm(&rustc, &out)?;
-    let target_dir = out.join("ebpf");
+    // What is built there is the same for every build of the agent, so all of them share it. A directory of its own: the outer
+    // cargo holds the lock of the usual one, the root of which it marks.
+    let root_of_target = out.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
+    let target_dir = root_of_target.unwrap_or(&out).join("ebpf");
     let mut cargo = Command::new(var("CARGO")?);
     cargo
         .current_dir(&root)
         .args(["build", "--release", "--package", "squall-agent-ebpf", "--bins", "--target", TARGET])
         .args(["-Z", "build-std=core", "--quiet", "--locked"])
-        // A directory of its own: the outer cargo holds the lock of the usual one.
         .arg("--target-dir")
         .arg(&target_dir);
     // What the outer cargo, rustup, clippy or a user's shell chose is for the host, not for eBPF.

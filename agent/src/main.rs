@@ -1,6 +1,6 @@
 //! `squall-agent`: build, run, drain. No logic.
 
-#![cfg_attr(fuzzing, no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
+#![cfg_attr(feature = "fuzz", no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
 
 mod access;
 mod clean;
@@ -9,7 +9,7 @@ mod crash;
 mod engine;
 mod fault;
 mod frame;
-#[cfg(any(fuzzing, test))]
+#[cfg(any(feature = "fuzz", test))]
 #[path = "../../tests/fuzz/agent.rs"]
 mod fuzz;
 mod host;

@@ -1,6 +1,6 @@
 //! `squall`: runs plans of faults against agents and gives a verdict.
 
-#![cfg_attr(fuzzing, no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
+#![cfg_attr(feature = "fuzz", no_main, allow(dead_code, reason = "nothing runs but what is fuzzed"))]
 
 mod agents;
 mod certs;
@@ -13,7 +13,7 @@ mod event;
 mod fake;
 mod faults;
 mod fold;
-#[cfg(any(fuzzing, test))]
+#[cfg(any(feature = "fuzz", test))]
 #[path = "../../tests/fuzz/controller.rs"]
 mod fuzz;
 mod gate;

@@ -36,10 +36,10 @@ const TARGETS: [(&str, Parser); 9] = [
     ("table", table),
 ];
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzz")]
 static TARGET: std::sync::LazyLock<Parser> = std::sync::LazyLock::new(|| targets::chosen(&TARGETS));
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzz")]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(data));
 
 #[test]

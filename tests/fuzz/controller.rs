@@ -15,10 +15,10 @@ use crate::{
 const TARGETS: [(&str, Parser); 3] =
     [("distribution", distribution), ("exposition", exposition), ("plan", plan)];
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzz")]
 static TARGET: std::sync::LazyLock<Parser> = std::sync::LazyLock::new(|| targets::chosen(&TARGETS));
 
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzz")]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| TARGET(data));
 
 #[test]

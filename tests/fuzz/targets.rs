@@ -4,7 +4,7 @@
 pub(super) type Parser = fn(&[u8]);
 
 /// The target that `SQUALL_FUZZ` names.
-#[cfg(fuzzing)]
+#[cfg(feature = "fuzz")]
 pub(super) fn chosen(targets: &[(&str, Parser)]) -> Parser {
     let name = std::env::var("SQUALL_FUZZ").unwrap_or_default();
     let found = targets.iter().find(|(known, _)| *known == name);

@@ -18,18 +18,23 @@ pub(crate) fn release() -> Result<PathBuf> {
     if let Some(dir) = env::var_os("SQUALL_BIN_DIR") {
         return check(PathBuf::from(dir));
     }
-    let packages = BINARIES.iter().flat_map(|package| ["--package", package]);
-    tools::show(&mut tools::cargo(["build", "--release", "--locked"].into_iter().chain(packages)))?;
+    tools::show(&mut tools::cargo(release_of_all()))?;
     check(target_dir().join("release"))
+}
+
+/// Always of all three: another selection would mean other features of shared dependencies, and compiling them again.
+fn release_of_all() -> impl Iterator<Item = &'static str> {
+    let packages = BINARIES.iter().flat_map(|package| ["--package", package]);
+    ["build", "--release", "--locked"].into_iter().chain(packages)
 }
 
 /// As [`release`], with the agent that has crash points beside the others.
 pub(crate) fn for_tests() -> Result<PathBuf> {
     if env::var_os("SQUALL_BIN_DIR").is_none() {
-        let crash =
-            ["build", "--release", "--locked", "--package", "squall-agent", "--features", "crash-points"];
+        let crash = release_of_all().chain(["--features", "squall-agent/crash-points"]);
         let built = executables(crash)?;
-        let [(_, agent)] = &built[..] else { bail!("not one squall-agent: {built:?}") };
+        let agent = built.iter().find(|(name, _)| name == "squall-agent");
+        let (_, agent) = agent.context("cargo built no squall-agent")?;
         let copy = target_dir().join("release").join(CRASH);
         // Not written into: a test may be running it.
         let beside = copy.with_extension("new");

@@ -27,9 +27,11 @@ pub(crate) struct Options {
 }
 
 /// As cargo-fuzz has it, without the sanitizer.
-const INSTRUMENT: &str = "--cfg=fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+const INSTRUMENT: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares";
+/// What puts the targets in place of the programs.
+pub(crate) const FEATURES: &str = "squall/fuzz,squall-agent/fuzz";
 /// An input that takes longer, or more memory, is a finding. Seconds, and MiB.
 const LIMITS: [&str; 3] = ["-timeout=120", "-rss_limit_mb=2048", "-max_len=16384"];
 
@@ -52,7 +54,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let flag = format!("target.{host}.rustflags={:?}", INSTRUMENT.split_whitespace().collect::<Vec<_>>());
     // With --target the flags are for the programs alone, not for what builds them.
     let build = ["build", "--locked", "--profile=fuzz", "--bins", "--target", &host, "--config", &flag];
-    let packages = ["-p", "squall", "-p", "squall-agent"];
+    let packages = ["-p", "squall", "-p", "squall-agent", "--features", FEATURES];
     let built = builds::executables(build.into_iter().chain(packages))?;
     for target in &targets {
         let (_, program) =

@@ -4,7 +4,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 
-use crate::{setup, tools, workspace};
+use crate::{fuzz, setup, tools, workspace};
 
 /// Runs everything; the first that fails ends it.
 pub(crate) fn run() -> Result<ExitCode> {
@@ -14,6 +14,10 @@ pub(crate) fn run() -> Result<ExitCode> {
     let check = ["--locked", "--log-level", "error", "check", "bans", "licenses", "sources"];
     tools::show(Command::new(deny).args(check).current_dir(workspace()))?;
     let clippy = ["--all-targets", "--", "-D", "warnings"];
+    tools::show(&mut tools::cargo(["clippy"].iter().chain(&tools::HOST_CRATES).chain(&clippy)))?;
+    // The same code with what only tests switch on.
+    let features = format!("squall-agent/crash-points,{}", fuzz::FEATURES);
+    let clippy = ["--bins", "--features", &features, "--", "-D", "warnings"];
     tools::show(&mut tools::cargo(["clippy"].iter().chain(&tools::HOST_CRATES).chain(&clippy)))?;
     // A program without std brings its own panic handler, which for the host needs panics that abort.
     let ebpf =

@@ -37,7 +37,7 @@ enum Task {
     Build,
     /// Break a real service on this host and print the verdict; exit with its code. Needs root.
     Demo(demo::Options),
-    /// Unit tests, a little fuzzing, privileged tests on this host, and those in a VM with kernel 6.1.
+    /// Unit tests, the fuzz corpora among them, privileged tests on this host, and those in a VM with kernel 6.1.
     Test,
     /// The privileged tests on Debian's kernels, in QEMU.
     Vm(vm::Options),

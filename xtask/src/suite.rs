@@ -9,12 +9,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{builds, fuzz, setup, tools, vm, workspace};
+use crate::{builds, setup, tools, vm, workspace};
 
 /// How many tests that failed are run once more.
 const MOST_AGAIN: usize = 5;
-/// Time for each target: enough to try the corpora and what is near them.
-const FUZZ_SECONDS: u64 = 5;
 
 /// What cargo's test harness counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -46,11 +44,6 @@ pub(crate) fn run() -> Result<ExitCode> {
     total.add(said.counts);
     if !ok {
         failures.push("unit tests".to_owned());
-    }
-
-    let fuzz = fuzz::Options { seconds: FUZZ_SECONDS, ..fuzz::Options::default() };
-    if let Err(e) = fuzz::run(&fuzz) {
-        failures.push(format!("fuzzing: {e:#}"));
     }
 
     if let Err(e) = squall_lab::need_root() {
