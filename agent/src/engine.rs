@@ -3,7 +3,7 @@
 //! **Invariant:** the engine names no concrete fault, and nobody else calls `inject`.
 //!
 //! Every injection is a task of its own, so that a slow one never holds up the revert of another. Its state is a
-//! [`watch`] value that anybody may read; commands reach it through a channel.
+//! [`watch`](tokio::sync::watch) value that anybody may read; commands reach it through a channel.
 //!
 //! Handing over is a revert like any other, with a record written before it from which the next agent injects again.
 //! **Invariant:** once somebody asked for a revert or a stop, there is no such record, and none comes to be.
