@@ -22,7 +22,7 @@ use tonic::transport::Channel;
 
 const SHORT: &str = include_str!("../e2e/short.yaml");
 const MIB: u64 = 1 << 20;
-/// A file is looked for four times a second; a VM without KVM takes its time.
+/// A stop by file is obeyed at once; a VM without KVM takes its time.
 const SOON: Duration = Duration::from_secs(10);
 
 fn cpu() -> Fault {

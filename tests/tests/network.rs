@@ -1,6 +1,7 @@
 //! The network fault, as the two ends of a wire see it. Where the kernel has netem, netem is the measure.
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, UdpSocket},
     thread,
     time::{Duration, Instant},
@@ -11,6 +12,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use procfs::process::Process;
 use squall_lab::{round_trips, stats::quantile};
 use squall_proto::v1::{Delay, Direction, Loss, NetworkFault, Peer, PortRange, Protocol, Refusal};
 use squall_tests::{Bench, Dropper, Lab, MS, Probe, SECOND, Stream, cidr, delay, figure, partition};
@@ -406,6 +408,36 @@ async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {
         ensure!(loss? < 0.01, "packets are lost: {fault:?}");
         bench.revert(&injection.id).await?;
     }
+    Ok(())
+}
+
+/// How often each thread of a process has gone to sleep.
+fn naps(pid: i32) -> Result<HashMap<i32, u64>> {
+    let tasks = Process::new(pid)?.tasks()?.flatten();
+    Ok(tasks.filter_map(|task| Some((task.tid, task.status().ok()?.voluntary_ctxt_switches?))).collect())
+}
+
+/// It shares its CPUs with the service under test, whose packets would wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_at_rest_hardly_wakes_up() -> Result<()> {
+    const SECONDS: u64 = 3;
+    const MOST: u64 = 8 * SECONDS;
+    let mut bench = Bench::new("rest").await?;
+    bench.inject(loss(0.5, Direction::Egress)).await?;
+    let agent = bench.agent.pid().cast_signed();
+    let mut least = u64::MAX;
+    // After an injection it loads programs for the next, once.
+    for _ in 0..10 {
+        let before = naps(agent)?;
+        thread::sleep(Duration::from_secs(SECONDS));
+        let woken = naps(agent)?.into_iter().map(|(tid, naps)| naps - before.get(&tid).unwrap_or(&0)).sum();
+        least = least.min(woken);
+        if least <= MOST {
+            break;
+        }
+    }
+    println!("woke up {least} times in {SECONDS} s");
+    ensure!(least <= MOST, "it woke up {least} times in {SECONDS} s, at the least");
     Ok(())
 }
 
