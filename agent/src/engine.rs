@@ -496,8 +496,7 @@ impl Shared {
         if self.leaving.load(Ordering::SeqCst) { Err(EngineError::Leaving) } else { Ok(()) }
     }
 
-    /// Refuses what nobody may do to this target here.
-    /// The UIDs of the pods that a fault on a target would hurt.
+    /// Refuses what nobody may do to this target here; otherwise the UIDs of the pods that the fault would hurt.
     fn check(&self, target: &Target, fault: &AnyFault, pods: &Pods) -> Result<BTreeSet<String>, EngineError> {
         let hurt = target.hurt(fault.scope());
         self.limits.check_protected(&target.name, &hurt)?;

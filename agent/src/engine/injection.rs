@@ -33,6 +33,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// How long a caller waits for a Fire or a Revert before it is told how things stand.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What its task is asked for.
 pub(super) enum Command {
     Fire,
     Revert(&'static str),
@@ -58,7 +59,7 @@ pub(super) struct Core {
 
 /// Whether the next agent is to inject it again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Handing {
+enum Handing {
     /// Nobody asked for that.
     Possible,
     /// Its record is on disk.
