@@ -231,8 +231,9 @@ fn page(all: &[Results]) -> String {
         packets leave. A VM without KVM is slow and shares the machine, so that times have outliers; ratios of the same run \
         are what counts. Of throughputs, spreads and p99s the geometric means of the turns are shown, and their ratio must reach the \
         limit, or its 95 % interval must where that is narrower than 0.2. netem has no part in rows without its figure; what they must reach follows from what was asked. \
-        Neighbours are beside a fault that is not about them, with an agent at rest: what it does ahead of need in the second \
-        after an injection is not in their rows.\n\n"
+        Neighbours are beside a fault that is not about them. They, and delays where the row says so, are measured with an agent \
+        at rest: a second after an injection it loads the programs for the next one, when nobody else wants the CPU, and that is \
+        not in these rows. It takes some seconds of CPU in such a VM.\n\n"
         .to_owned();
     page.push_str("| kernel | measured | rows | missed |\n|---|---|--:|--:|\n");
     for results in all {
