@@ -96,9 +96,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if keep {
         let results = Results::all()?;
-        fs::write(workspace().join("docs/network.md"), page(&results))?;
-        plot::all(&workspace().join("docs"), &results)?;
-        println!("docs/network.md and its plots are new");
+        let (path, page) = (workspace().join("docs/network.md"), page(&results));
+        let rows = |page: &str| page.lines().filter(|line| line.starts_with('|')).count();
+        if rows(&page) < rows(&fs::read_to_string(&path).unwrap_or_default()) {
+            println!("docs/network.md stays: it has rows that were not measured on this machine");
+        } else {
+            fs::write(&path, page)?;
+            plot::all(&workspace().join("docs"), &results)?;
+            println!("docs/network.md and its plots are new");
+        }
     }
     Ok(if all_measured { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
