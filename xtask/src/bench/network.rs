@@ -99,7 +99,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let (path, page) = (workspace().join("docs/network.md"), page(&results));
         let rows = |page: &str| page.lines().filter(|line| line.starts_with('|')).count();
         if rows(&page) < rows(&fs::read_to_string(&path).unwrap_or_default()) {
-            println!("docs/network.md stays: it has rows that were not measured on this machine");
+            println!(
+                "docs/network.md stays: it has rows that were not measured on this machine; measure those too, or remove it"
+            );
         } else {
             fs::write(&path, page)?;
             plot::all(&workspace().join("docs"), &results)?;
@@ -237,7 +239,7 @@ fn page(all: &[Results]) -> String {
         packets leave. A VM without KVM is slow and shares the machine, so that times have outliers; ratios of the same run \
         are what counts. Of throughputs, spreads and p99s the geometric means of the turns are shown, and their ratio must reach the \
         limit, or its 95 % interval must where that is narrower than 0.2. netem has no part in rows without its figure; what they must reach follows from what was asked. \
-        Neighbours are beside a fault that is not about them. They, and delays where the row says so, are measured with an agent \
+        Neighbours are beside a fault that is not about them. Where the row says so, they and delays are measured with an agent \
         at rest: a second after an injection it loads the programs for the next one, when nobody else wants the CPU, and that is \
         not in these rows. It takes some seconds of CPU in such a VM.\n\n"
         .to_owned();
