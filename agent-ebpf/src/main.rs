@@ -125,11 +125,13 @@ fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
 
 impl Lookup for Maps<'_> {
     #[inline(always)]
-    fn peer(&self, peer: Peer) -> u64 {
+    fn may_be_peer(&self, peer: &Peer) -> bool {
         let word = |word: usize| PEER_SIEVE.get(word as u32).copied().unwrap_or(0);
-        if !sieve::passes(self.table.grains.load(), &peer, word) {
-            return 0;
-        }
+        sieve::passes(self.table.grains.load(), peer, word)
+    }
+
+    #[inline(always)]
+    fn peer(&self, peer: Peer) -> u64 {
         match peer.address() {
             Address::V4(a) => PEERS_V4.get(Key::new(32, a)).copied(),
             Address::V6(a) => PEERS_V6.get(Key::new(128, a)).copied(),
@@ -233,6 +235,9 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     // Of the packet these numbers are all that follows needs. The verifier, which went a hundred ways to get here, knows none of
     // them, and so goes on once.
     let mut set = skb.forget(set);
+    if set == 0 {
+        return NEXT;
+    }
     let flow = skb.forget(packet.flow());
     let whole = skb.forget(u64::from(whole)) != 0;
     // SAFETY: the helper takes no argument and cannot fail.

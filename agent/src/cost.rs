@@ -7,7 +7,7 @@ use etherparse::PacketBuilder;
 use serde_json::json;
 use squall_common::{
     decide::Action,
-    rules::{Cidr, Clause},
+    rules::{Cidr, Clause, Ports},
 };
 
 use crate::host::port::{Spec, cost};
@@ -26,17 +26,34 @@ pub struct Args {
     /// CIDRs of the rules, all together; at least one each
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60_000))]
     cidrs: u32,
+    /// By what the packet is nobody's
+    #[arg(long, value_enum, default_value_t = Miss::Address)]
+    miss: Miss,
+}
+
+/// By what no rule matches a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Miss {
+    /// Its address is in no CIDR.
+    Address,
+    /// Its address is in a CIDR of a rule that is about another port.
+    Port,
 }
 
 /// Measures, and prints one line of JSON: nanoseconds a packet above an empty tc program. Nothing of the host is touched.
 pub fn main(args: &Args) -> Result<()> {
     let each = (args.cidrs / args.rules).max(1);
-    // Every other /24 from 10.0.0.0 on: the packet below goes to one between two of them, as deep in the trie as it gets.
+    // Every other /24 from 10.0.0.0 on: the packet below goes to one in the middle, or to one between two of them, as deep in the trie as
+    // it gets.
     let cidr = |n: u32| Cidr::new(Ipv4Addr::from(NETWORK + (n << 9)).into(), 24);
-    let to = Ipv4Addr::from(NETWORK + ((each * args.rules / 2) << 9) + 0x102);
+    let to = Ipv4Addr::from(
+        NETWORK + ((each * args.rules / 2) << 9) + if args.miss == Miss::Address { 0x102 } else { 2 },
+    );
+    let peer_ports = if args.miss == Miss::Port { vec![Ports { first: 1, last: 1 }] } else { Vec::new() };
     let rule = |n: u32| {
         let cidrs: Option<Vec<Cidr>> = (n * each..(n + 1) * each).map(cidr).collect();
-        let clause = Clause { egress: true, ingress: true, cidrs: cidrs?, ..Clause::default() };
+        let peer_ports = peer_ports.clone();
+        let clause = Clause { egress: true, ingress: true, cidrs: cidrs?, peer_ports, ..Clause::default() };
         Some(Spec {
             clauses: vec![clause],
             action: Action::new(1).with_loss(1.0, 0.0),

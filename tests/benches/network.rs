@@ -4,12 +4,13 @@
 //! Prints a line for people and one for machines, of JSON behind `SQUALL-ROW`, for each row; and behind `SQUALL-SERIES`
 //! what plots are made of. Asserts nothing: `ok` says whether a row reached its limit. See `cargo xtask bench network`.
 //!
-//! `--only WORDS`: only rows whose name contains this. `--quick`: a tenth of the packets, a third of the time.
+//! `--only WORDS`: only rows whose name contains this. `--quick`: a tenth of the packets, a third of the time. `--icount`: on a machine whose
+//! clocks count instructions, only rows that are about time, and fewer turns, since they are all alike.
 
 #[path = "../tests/side/mod.rs"]
 mod side;
 
-use std::{env, thread, time::Duration};
+use std::{env, fs, thread, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use procfs::process::Process;
@@ -33,6 +34,7 @@ use squall_tests::Lab;
 struct Bench {
     only: String,
     quick: bool,
+    icount: bool,
     failed: u32,
 }
 
@@ -50,12 +52,13 @@ struct Row {
 }
 
 fn main() -> Result<()> {
-    let mut bench = Bench { only: String::new(), quick: false, failed: 0 };
+    let mut bench = Bench { only: String::new(), quick: false, icount: false, failed: 0 };
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--only" => bench.only = args.next().context("--only wants a part of a row's name")?,
             "--quick" => bench.quick = true,
+            "--icount" => bench.icount = true,
             // What cargo tells every benchmark.
             "--bench" => {}
             _ => bail!("unknown argument {arg}"),
@@ -69,7 +72,7 @@ fn main() -> Result<()> {
 macro_rules! rows {
     ($bench:ident, $duel:ident, $name:expr, $measure:expr) => {
         let name: String = $name.into();
-        if name.contains(&$bench.only) {
+        if $bench.wants(&name) {
             match $measure.await {
                 Ok(rows) => rows.iter().for_each(Row::print),
                 Err(e) => {
@@ -94,7 +97,16 @@ impl Bench {
     }
 
     fn rounds(&self, full: u32) -> u32 {
-        if self.quick { 1 } else { full }
+        match (self.quick, self.icount) {
+            (true, _) => 1,
+            (_, true) => full.div_ceil(4),
+            _ => full,
+        }
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        let of_time = ["delay", "TCP throughput", "neighbour"].iter().any(|what| name.starts_with(what));
+        name.contains(&self.only) && (of_time || !self.icount)
     }
 
     async fn measure(mut self) -> Result<()> {
@@ -102,6 +114,11 @@ impl Bench {
         let release = nix::sys::utsname::uname()?;
         println!("Linux {}, netem: {}", release.release().to_string_lossy(), duel.netem);
         let (bench, duel) = (&mut self, &mut duel);
+        if env::var_os("SQUALL_VM").is_some() {
+            // It ends slow start when packets come late, as it does where the machine that runs the VM has no time.
+            let hystart = "/sys/module/tcp_cubic/parameters/hystart";
+            fs::write(hystart, "0").with_context(|| format!("cannot write {hystart}"))?;
+        }
         if duel.netem {
             for ms in [1, 10, 100, 1000] {
                 rows!(bench, duel, format!("delay {ms} ms"), delays(bench, duel, ms));
@@ -205,7 +222,8 @@ fn plot_quantiles(plot: &str, name: &str, sample: &[f64]) {
 async fn delays(bench: &Bench, duel: &mut Duel, ms: u64) -> Result<Vec<Row>> {
     let probe = Probe {
         packets: bench.packets(1000),
-        gap: Duration::from_millis(2),
+        // No packet is sent when another comes due: that would measure the sender.
+        gap: Duration::from_micros(2_300),
         patience: Duration::from_millis(ms + 300),
         ..Probe::default()
     };
@@ -286,14 +304,16 @@ impl Pairs {
 async fn throughput(bench: &Bench, duel: &mut Duel, name: &str, flows: u32, ms: u64) -> Result<Vec<Row>> {
     let sides = [Side::ours(delay(ms)), Side::Netem(format!("delay {ms}ms limit 100000"))];
     let seconds = bench.seconds(6);
+    let agent = duel.agent.pid();
     let all = in_turns(duel, [&sides[0], &sides[1]], bench.rounds(8), |lab| {
+        at_rest(agent)?;
         Ok(lab.near.streams(&lab.far, FAR, seconds, flows)?.bits_per_second / 1e6)
     });
     let pairs = Pairs::new(&all.await?);
     let x = f64::from(flows) * 1000.0 + ms as f64;
     series("throughput", "ours", &[(x, pairs.means[0])]);
     series("throughput", "netem", &[(x, pairs.means[1])]);
-    Ok(vec![pairs.row(name, "Mbit/s", "≥ 1.0 ×", |ratio| ratio >= 1.0)])
+    Ok(vec![pairs.row(name, "Mbit/s", "≥ 1.0 ×, agent at rest", |ratio| ratio >= 1.0)])
 }
 
 async fn retransmits(bench: &Bench, duel: &mut Duel, name: &str, percent: f64) -> Result<Vec<Row>> {
@@ -659,24 +679,34 @@ fn elsewhere() -> NetworkFault {
     of_port(delay(10), 4_711)
 }
 
-/// What a packet pays that no rule is about, above an empty program: the agent measures its own (`BPF_PROG_TEST_RUN`). The least of
-/// several, because a machine is slow now and then.
+/// What a packet pays that no rule is about, above an empty program: the agent measures its own (`BPF_PROG_TEST_RUN`). Of the ways to be
+/// nobody's the dearest counts; of several tries the least, because a machine is slow now and then.
 async fn cost(name: &str, rules: u32, cidrs: u32, most: f64) -> Result<Vec<Row>> {
-    let mut least = f64::INFINITY;
-    for _ in 0..5 {
-        let args = ["cost", "--rules", &rules.to_string(), "--cidrs", &cidrs.to_string()];
-        let run = tokio::process::Command::new(bin_dir().join("squall-agent")).args(args).output().await?;
-        ensure!(run.status.success(), "squall-agent cost failed:\n{}", String::from_utf8_lossy(&run.stderr));
-        let cost: Value = serde_json::from_slice(&run.stdout)?;
-        least = least.min(cost["nanoseconds"].as_f64().context("no nanoseconds")?);
+    let mut dearest = 0.0_f64;
+    for miss in ["address", "port"] {
+        let mut least = f64::INFINITY;
+        for _ in 0..5 {
+            let (rules, cidrs) = (rules.to_string(), cidrs.to_string());
+            let args = ["cost", "--rules", &rules, "--cidrs", &cidrs, "--miss", miss];
+            let run =
+                tokio::process::Command::new(bin_dir().join("squall-agent")).args(args).output().await?;
+            ensure!(
+                run.status.success(),
+                "squall-agent cost failed:\n{}",
+                String::from_utf8_lossy(&run.stderr)
+            );
+            let cost: Value = serde_json::from_slice(&run.stdout)?;
+            least = least.min(cost["nanoseconds"].as_f64().context("no nanoseconds")?);
+        }
+        dearest = dearest.max(least);
     }
     let limit = format!("≤ {most} ns");
     Ok(vec![Row {
         name: name.to_owned(),
         unit: "ns",
-        ours: least,
+        ours: dearest,
         limit,
-        ok: least <= most,
+        ok: dearest <= most,
         ..Row::default()
     }])
 }

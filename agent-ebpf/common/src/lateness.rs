@@ -8,6 +8,8 @@ use crate::table::Cell;
 
 /// Of so many packets the most punctual counts.
 const WINDOW: u64 = 64;
+/// And of so many where nothing is known yet.
+const FIRST: u64 = 8;
 /// More than this, in nanoseconds, is no overhead but a machine that has no time.
 const MOST: u64 = 500_000;
 
@@ -19,7 +21,7 @@ pub struct Lateness {
     seen: Cell,
     /// The least of them were late by this.
     least: Cell,
-    /// The least of the window before.
+    /// The least of the window before, or what has come since and is less. 0: nothing is known, or nobody is late.
     floor: Cell,
     /// By how much packets are sent off earlier.
     taken: Cell,
@@ -34,9 +36,14 @@ impl Lateness {
         let seen = self.seen.load();
         let least = self.least.load();
         let least = if seen == 0 || late < least { late } else { least };
-        if seen + 1 < WINDOW {
+        let floor = self.floor.load();
+        if seen + 1 < if floor == 0 { FIRST } else { WINDOW } {
             self.least.store(least);
             self.seen.store(seen + 1);
+            if late < floor {
+                // The next one would be early.
+                self.floor.store(late);
+            }
         } else {
             self.floor.store(if least < MOST { least } else { MOST });
             self.seen.store(0);
@@ -60,12 +67,19 @@ impl Lateness {
         due - if taken < half { taken } else { half }
     }
 
-    /// Forgets everything.
+    /// Begins anew, with what is known of other rules; 0 where that is nothing.
     #[cfg(any(test, feature = "user"))]
-    pub fn clear(&self) {
-        for cell in [&self.seen, &self.least, &self.floor, &self.taken, &self.last] {
+    pub fn begin(&self, floor: u64) {
+        for cell in [&self.seen, &self.least, &self.taken, &self.last] {
             cell.store(0);
         }
+        self.floor.store(floor);
+    }
+
+    /// What even the most punctual are late; 0 where nothing is known.
+    #[cfg(any(test, feature = "user"))]
+    pub fn floor(&self) -> u64 {
+        self.floor.load()
     }
 }
 
@@ -89,11 +103,21 @@ mod tests {
         assert_eq!(lateness.sooner(10 * MS, 0), 10 * MS);
         (0..WINDOW).for_each(|n| lateness.note(50_000 + n * 1_000));
         assert_eq!(lateness.sooner(20 * MS, 10 * MS), 20 * MS - 50_000);
-        // Less at once, as soon as one window says so.
-        note_all(&lateness, 20_000);
+        // Less at once, as soon as one packet says so; more when all of a window do.
+        lateness.note(20_000);
         assert_eq!(lateness.sooner(30 * MS, 20 * MS), 30 * MS - 20_000);
-        lateness.clear();
-        assert_eq!(lateness.sooner(40 * MS, 30 * MS), 40 * MS);
+        (0..FIRST + WINDOW - 2).for_each(|_| lateness.note(30_000));
+        assert_eq!(lateness.sooner(40 * MS, 30 * MS), 40 * MS - 20_000);
+        lateness.note(30_000);
+        assert_eq!(lateness.sooner(50 * MS, 40 * MS), 50 * MS - 30_000);
+        assert_eq!(lateness.floor(), 30_000);
+        lateness.begin(10_000);
+        assert_eq!(lateness.sooner(60 * MS, 50 * MS), 60 * MS - 10_000);
+        lateness.begin(0);
+        assert_eq!(lateness.sooner(60 * MS, 50 * MS), 60 * MS);
+        // The first few are enough to begin with.
+        (0..FIRST).for_each(|_| lateness.note(40_000));
+        assert_eq!(lateness.sooner(70 * MS, 60 * MS), 70 * MS - 40_000);
     }
 
     #[test]

@@ -7,7 +7,9 @@ use crate::{
 
 /// The dimensions that need a map of their own.
 pub trait Lookup {
-    /// Clauses with a CIDR that covers this address.
+    /// Whether any CIDR may cover this address. That is known quickly, and of most addresses none does.
+    fn may_be_peer(&self, peer: &Peer) -> bool;
+    /// Clauses with a CIDR that covers this address. It takes longer than all that can be asked before it.
     fn peer(&self, peer: Peer) -> u64;
     /// Clauses that name this value.
     fn value(&self, dimension: Dimension, value: u16) -> u64;
@@ -31,7 +33,7 @@ fn narrow(table: &Table, set: u64, maps: &impl Lookup, dimension: Dimension, val
     if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v as u16))) }
 }
 
-/// The clauses of `live` that the packet satisfies as far as its network layer goes. No lookup is made whose answer cannot
+/// The clauses of `live` that the packet may satisfy by its network layer. No lookup is made whose answer cannot
 /// matter.
 #[inline(always)]
 #[must_use]
@@ -39,8 +41,8 @@ pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup)
     let mut set = live & table.protocol[packet.kind as usize & 3].load();
     // Peers first: most packets are of nobody that a rule names, and what else is in their headers need not be looked at.
     let any = table.any_peer.load();
-    if set & !any != 0 {
-        set &= any | maps.peer(packet.peer);
+    if set & !any != 0 && !maps.may_be_peer(&packet.peer) {
+        set &= any;
     }
     if set & !table.plain.load() != 0 {
         set = narrow(table, set, maps, Dimension::Vlan, Some(packet.vlan as u32));
@@ -60,6 +62,10 @@ pub fn by_transport(table: &Table, set: u64, packet: &Packet, maps: &impl Lookup
     if set & !table.plain.load() != 0 {
         set = narrow(table, set, maps, Dimension::Icmp, packet.icmp_type.get());
         set = narrow(table, set, maps, Dimension::Flags, packet.tcp_flags.get());
+    }
+    let any = table.any_peer.load();
+    if set & !any != 0 {
+        set &= any | maps.peer(packet.peer);
     }
     let any = table.any_cgroup.load();
     if set & !any != 0 {

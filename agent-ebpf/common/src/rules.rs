@@ -280,10 +280,11 @@ mod tests {
     }
 
     impl Lookup for Maps<'_> {
+        fn may_be_peer(&self, peer: &Peer) -> bool {
+            sieve::passes(self.sieve.grains, peer, |word| self.sieve.words[word])
+        }
+
         fn peer(&self, peer: Peer) -> u64 {
-            if !sieve::passes(self.sieve.grains, &peer, |word| self.sieve.words[word]) {
-                return 0;
-            }
             let host = host(peer.address());
             let best = self.trie.iter().filter(|(c, _)| c.covers(&host)).max_by_key(|(c, _)| c.len);
             best.map_or(0, |(_, set)| *set)

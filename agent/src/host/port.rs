@@ -9,7 +9,10 @@ mod support;
 use std::{
     collections::{BTreeMap, HashMap},
     hash::{BuildHasher, RandomState},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -43,6 +46,10 @@ use crate::{crash, fault::Window, frame::Dns, time::BootTime};
 /// How long a port waits for packets on their way before it takes the way from them.
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
 const LOOPBACK: u32 = 1;
+
+/// The least by which packets of any rule before were late behind a TAP queue, and behind a line, in nanoseconds; 0: not known yet. A
+/// rule begins with it, so that its first packets are as punctual as those after them.
+static LATE: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
 
 /// What a rule is about, and what it does.
 #[derive(Debug, Clone, PartialEq)]
@@ -366,7 +373,7 @@ impl Port {
         let cells = &self.desk.table.rules[rule];
         cells.counters().into_iter().for_each(|counter| counter.store(0));
         cells.memory.clear();
-        cells.lateness.clear();
+        cells.lateness.begin(self.late().load(Ordering::Relaxed));
         for bucket in &self.desk.delays[rule * BUCKETS..][..BUCKETS] {
             bucket.count.store(0);
             bucket.sum.store(0);
@@ -427,8 +434,18 @@ impl Port {
             self.clear(slot)?;
         }
         lock(&self.desk.dns).remove(&rule);
-        self.rules[rule] = false;
+        if std::mem::take(&mut self.rules[rule]) {
+            let floor = self.desk.table.rules[rule].lateness.floor();
+            let _known = self.late().fetch_update(Ordering::Relaxed, Ordering::Relaxed, |known| {
+                (floor != 0 && (known == 0 || floor < known)).then_some(floor)
+            });
+        }
         self.write_endpoints(rule, BTreeMap::new())
+    }
+
+    /// What is known of how late packets leave what holds them here.
+    fn late(&self) -> &'static AtomicU64 {
+        &LATE[usize::from(self.line.is_some())]
     }
 
     fn write_action(&mut self, rule: usize, spec: &Spec) -> Result<()> {

@@ -25,6 +25,9 @@ pub(crate) struct Options {
     /// Series of kernels for the VMs, with commas between them.
     #[arg(long, value_delimiter = ',', default_value = "5.10,6.1,6.12,7.2")]
     kernels: Vec<String>,
+    /// In VMs with one CPU whose clocks count its instructions: only the rows that are about time, which then repeat, whatever else this machine does.
+    #[arg(long)]
+    icount: bool,
     /// Measure on this host only: what it has no netem for is held to theory.
     #[arg(long)]
     host: bool,
@@ -39,10 +42,13 @@ pub(crate) struct Options {
     minutes: u64,
 }
 
+/// Ends the name of what was measured by counting instructions.
+const ICOUNT: &str = "-icount";
+
 /// What one kernel gave.
 #[derive(Debug, Default)]
 pub(super) struct Results {
-    /// `host`, or a series.
+    /// `host`, or a series, with [`ICOUNT`] where that was so.
     pub(super) name: String,
     kernel: String,
     date: String,
@@ -67,6 +73,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if options.quick {
         args.push("--quick".to_owned());
     }
+    if options.icount {
+        args.push("--icount".to_owned());
+    }
     let keep = !options.quick;
     let mut all_measured = true;
     let kernels: &[String] = if options.host { &[] } else { &options.kernels };
@@ -76,9 +85,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             programs: vec![("/bench/network".into(), bench.clone())],
             commands: vec![command.collect::<Vec<_>>().join(" ")],
             minutes: options.minutes,
+            icount: options.icount,
         };
-        let mut results = Results::new(series);
+        let name = if options.icount { format!("{series}{ICOUNT}") } else { series.clone() };
+        let mut results = Results::new(&name);
         all_measured &= vm::boot(series, &binaries, &job, |line| results.take(line))?;
+        if options.icount {
+            // The plots have lines enough.
+            results.series.clear();
+        }
         results.show(keep)?;
     }
     if options.host {
@@ -173,8 +188,12 @@ impl Results {
             let text = |field: &str| value[field].as_str().unwrap_or_default().to_owned();
             let results =
                 Self { name: text("name"), kernel: text("kernel"), date: text("date"), rows, series };
-            let order: Vec<u32> = results.name.split('.').map(|n| n.parse().unwrap_or(u32::MAX)).collect();
-            all.insert(order, results);
+            let (series, last) = match results.name.strip_suffix(ICOUNT) {
+                Some(series) => (series, true),
+                None => (results.name.as_str(), false),
+            };
+            let order: Vec<u32> = series.split('.').map(|n| n.parse().unwrap_or(u32::MAX)).collect();
+            all.insert((order, last), results);
         }
         Ok(all.into_values().collect())
     }
@@ -241,7 +260,11 @@ fn page(all: &[Results]) -> String {
         limit, or its 95 % interval must where that is narrower than 0.2. netem has no part in rows without its figure; what they must reach follows from what was asked. \
         Neighbours are beside a fault that is not about them. Where the row says so, they and delays are measured with an agent \
         at rest: a second after an injection it loads the programs for the next one, when nobody else wants the CPU, and that is \
-        not in these rows. It takes some seconds of CPU in such a VM.\n\n"
+        not in these rows. It takes some seconds of CPU in such a VM. TCP's slow start is without HyStart in VMs, on either side: it takes a VM's \
+        stall for a full queue, once in a while, and the rest of that turn is slow.\n\n\
+        With `--icount` the VM has one CPU whose clocks count its instructions, two nanoseconds each (`-icount` of QEMU). What takes time \
+        is then the same in every turn, to a fraction of a microsecond, so that a difference of a percent shows; and so do spreads of a microsecond, \
+        whose ratio says little. What several CPUs do to each other does not show there.\n\n"
         .to_owned();
     page.push_str("| kernel | measured | rows | missed |\n|---|---|--:|--:|\n");
     for results in all {
@@ -257,10 +280,14 @@ fn page(all: &[Results]) -> String {
     for results in all {
         let command = match results.name.as_str() {
             "host" => "cargo xtask bench network --host".to_owned(),
-            series => format!("cargo xtask bench network --kernels {series}"),
+            name => match name.strip_suffix(ICOUNT) {
+                Some(series) => format!("cargo xtask bench network --icount --kernels {series}"),
+                None => format!("cargo xtask bench network --kernels {name}"),
+            },
         };
-        let Results { kernel, date, .. } = results;
-        let _ = write!(page, "\n## Linux {kernel}\n\n{date}, `{command}`\n\n{}", results.table());
+        let Results { name, kernel, date, .. } = results;
+        let how = if name.ends_with(ICOUNT) { ", one CPU, instructions counted" } else { "" };
+        let _ = write!(page, "\n## Linux {kernel}{how}\n\n{date}, `{command}`\n\n{}", results.table());
     }
     page
 }
