@@ -225,7 +225,7 @@ pub fn prefixes<'a>(clauses: impl IntoIterator<Item = (usize, &'a Clause)>) -> B
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, option, prelude::*};
-    use std::{boxed::Box, string::ToString};
+    use std::{boxed::Box, cell::Cell, string::ToString};
 
     use super::*;
     use crate::{
@@ -277,6 +277,8 @@ mod tests {
         sieve: Sieve,
         trie: BTreeMap<Cidr, u64>,
         clauses: &'a [Clause],
+        /// Whether the trie was asked.
+        asked: Cell<bool>,
     }
 
     impl Lookup for Maps<'_> {
@@ -285,6 +287,7 @@ mod tests {
         }
 
         fn peer(&self, peer: Peer) -> u64 {
+            self.asked.set(true);
             let host = host(peer.address());
             let best = self.trie.iter().filter(|(c, _)| c.covers(&host)).max_by_key(|(c, _)| c.len);
             best.map_or(0, |(_, set)| *set)
@@ -419,12 +422,17 @@ mod tests {
                 table.protocol[p as usize].store(set);
             }
             let trie = prefixes(clauses.iter().enumerate());
-            let maps = Maps { sieve: Sieve::new(trie.keys()), trie, clauses: &clauses };
+            let maps = Maps { sieve: Sieve::new(trie.keys()), trie, clauses: &clauses, asked: Cell::new(false) };
             for packet in &packets {
                 for way in [Direction::Egress, Direction::Ingress] {
+                    maps.asked.set(false);
                     let set = matching::by_network(&table, matching::live(&table, way), packet, &maps);
                     let set = matching::by_transport(&table, set, packet, &maps);
                     prop_assert_eq!(set, bits(&clauses, |c| means(c, packet, way)), "{:?} {:?}", packet, way);
+                    // It is dear: only the answer may be left to know.
+                    let but_for_peers = |c: &Clause| Clause { cidrs: Vec::new(), cgroups: None, ..c.clone() };
+                    let mut with_peers = clauses.iter().filter(|c| !c.cidrs.is_empty());
+                    prop_assert!(!maps.asked.get() || with_peers.any(|c| means(&but_for_peers(c), packet, way)));
                 }
             }
         }

@@ -253,3 +253,27 @@ async fn privileged_the_kernel_does_what_the_rules_mean() {
     result.unwrap_or_else(|failure| panic!("{failure}"));
     port.into_inner().unwrap_or_else(PoisonError::into_inner).close().expect("closed");
 }
+
+/// What one rule found out about the machine the next one knows from its first packet on. Needs root.
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_a_rule_begins_with_the_least_that_any_before_it_was_late() {
+    let mut port = scratch().expect("root, and a kernel with eBPF");
+    let spec = Spec {
+        clauses: vec![Clause { egress: true, ..Clause::default() }],
+        action: Action::new(1),
+        quantiles: None,
+        dns: None,
+        endpoints: BTreeMap::new(),
+    };
+    let mut begun = Vec::new();
+    // Late by so much; 0: nothing was late, or nobody knows.
+    for found in [9_000, 7_000, 0, 8_000, 7_000] {
+        let rule = port.add(spec.clone(), ALWAYS).expect("added");
+        let lateness = &port.desk.table.rules[rule].lateness;
+        begun.push(lateness.floor());
+        lateness.begin(found);
+        port.remove(rule).expect("removed");
+    }
+    assert_eq!(begun, [0, 9_000, 7_000, 7_000, 7_000]);
+    port.close().expect("closed");
+}
