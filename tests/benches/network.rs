@@ -277,27 +277,33 @@ async fn in_turns<T>(
 struct Pairs {
     /// The geometric mean of each side's turns.
     means: [f64; 2],
-    /// The 95 % interval of the ratio.
-    interval: [f64; 2],
+    /// The 95 % interval of the ratio, where there are turns enough.
+    interval: Option<[f64; 2]>,
 }
 
 impl Pairs {
     fn new(turns: &[Vec<f64>; 2]) -> Self {
+        const ENOUGH: usize = 5;
         let (means, interval) = compare_pairs(turns);
-        Self { means, interval }
+        Self { means, interval: Some(interval).filter(|_| turns[0].len() >= ENOUGH) }
     }
 
     fn row(self, name: &str, unit: &'static str, limit: &str, ok: impl Fn(f64) -> bool) -> Row {
-        let ([ours, theirs], [low, high]) = (self.means, self.interval);
-        Row {
+        let [ours, theirs] = self.means;
+        let mut row = Row {
             name: name.into(),
             unit,
             ours,
             peer: Some(theirs),
-            limit: format!("{limit}; 95 % interval {low:.3} to {high:.3}"),
-            // The ratio reaches it, or what it may well be does, where that is narrow enough to say something.
-            ok: ok(ours / theirs) || (high - low < 0.2 && (ok(low) || ok(high))),
+            limit: limit.to_owned(),
+            ok: ok(ours / theirs),
+        };
+        if let Some([low, high]) = self.interval {
+            row.limit = format!("{limit}; 95 % interval {low:.3} to {high:.3}");
+            // What it may well be reaches it, where that is narrow enough to say something.
+            row.ok |= high - low < 0.2 && (ok(low) || ok(high));
         }
+        row
     }
 }
 
