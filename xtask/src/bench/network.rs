@@ -1,7 +1,7 @@
 //! The network fault beside netem, on one kernel after the other, and the page that shows it.
 //!
-//! What was measured on a kernel is kept below the target directory until it is measured again, so that the page can be
-//! made from several runs.
+//! What was measured on a kernel is kept in docs/network until it is measured again, so that the page can be made from several
+//! runs, on several machines.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::plot;
-use crate::{builds, setup, target_dir, tools, vm, workspace};
+use crate::{builds, setup, tools, vm, workspace};
 
 /// What to measure.
 #[derive(Debug, Args)]
@@ -111,17 +111,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     if keep {
         let results = Results::all()?;
-        let (path, page) = (workspace().join("docs/network.md"), page(&results));
-        let rows = |page: &str| page.lines().filter(|line| line.starts_with('|')).count();
-        if rows(&page) < rows(&fs::read_to_string(&path).unwrap_or_default()) {
-            println!(
-                "docs/network.md stays: it has rows that were not measured on this machine; measure those too, or remove it"
-            );
-        } else {
-            fs::write(&path, page)?;
-            plot::all(&workspace().join("docs"), &results)?;
-            println!("docs/network.md and its plots are new");
-        }
+        fs::write(workspace().join("docs/network.md"), page(&results))?;
+        plot::all(&workspace().join("docs"), &results)?;
+        println!("docs/network.md and its plots are new");
     }
     Ok(if all_measured { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -153,7 +145,7 @@ impl Results {
             return Ok(());
         }
         fs::create_dir_all(kept())?;
-        let before = Self::all()?.into_iter().find(|old| old.name == self.name && old.kernel == self.kernel);
+        let before = Self::all()?.into_iter().find(|old| old.is_of(&self));
         if let Some(mut before) = before {
             // The name of a row that could not be measured is that of its group.
             before
@@ -169,8 +161,17 @@ impl Results {
         }
         let Self { name, kernel, date, rows, series } = self;
         let json = json!({"name": name, "kernel": kernel, "date": date, "rows": rows, "series": series});
-        fs::write(kept().join(format!("{name}.json")), json.to_string())?;
+        fs::write(kept().join(format!("{name}.json")), lines(&json))?;
         Ok(())
+    }
+
+    /// Whether both are of one kernel. Hosts' builds of one version have names of their own.
+    fn is_of(&self, other: &Self) -> bool {
+        let kernel = |results: &Self| match results.name.as_str() {
+            "host" => results.kernel.split('-').next().map(ToOwned::to_owned),
+            _ => Some(results.kernel.clone()),
+        };
+        self.name == other.name && kernel(self) == kernel(other)
     }
 
     /// All that is kept: the kernels in order, the host last.
@@ -236,8 +237,13 @@ fn merge(old: Vec<Value>, mut new: Vec<Value>, key: impl Fn(&Value) -> Value) ->
     merged
 }
 
+/// JSON with a line for each row and series, so that a change shows as one.
+fn lines(results: &Value) -> String {
+    results.to_string().replace("},{", "},\n{").replace("[{", "[\n{")
+}
+
 fn kept() -> PathBuf {
-    target_dir().join("bench/network")
+    workspace().join("docs/network")
 }
 
 /// About four digits.
@@ -260,8 +266,8 @@ fn page(all: &[Results]) -> String {
         limit, or its 95 % interval must where that is narrower than 0.2. netem has no part in rows without its figure; what they must reach follows from what was asked. \
         Neighbours are beside a fault that is not about them. Where the row says so, they and delays are measured with an agent \
         at rest: a second after an injection it loads the programs for the next one, when nobody else wants the CPU, and that is \
-        not in these rows. It takes some seconds of CPU in such a VM. TCP's slow start is without HyStart in VMs, on either side: it takes a VM's \
-        stall for a full queue, once in a while, and the rest of that turn is slow.\n\n\
+        not in these rows. It takes some seconds of CPU in such a VM. And HyStart is switched off where the row says so, on either side: TCP's slow \
+        start takes a VM's stall for a full queue, once in a while, and then the rest of that turn is slow.\n\n\
         With `--icount` the VM has one CPU whose clocks count its instructions, two nanoseconds each (`-icount` of QEMU). What takes time \
         is then the same in every turn, to a fraction of a microsecond, so that a difference of a percent shows; and so do spreads of a microsecond, \
         whose ratio says little. What several CPUs do to each other does not show there.\n\n"
