@@ -252,7 +252,8 @@ fn number(x: f64) -> String {
         a if a >= 100.0 || a == 0.0 => 0,
         a if a >= 10.0 => 1,
         a if a >= 1.0 => 2,
-        _ => 3,
+        a if a >= 0.01 => 3,
+        _ => 5,
     };
     format!("{x:.digits$}")
 }
@@ -329,7 +330,7 @@ mod tests {
 
     #[test]
     fn numbers_have_the_digits_that_say_something() {
-        let all = [0.0, 0.012_34, 1.234, 12.34, 123.4, -1.5].map(number);
-        assert_eq!(all, ["0", "0.012", "1.23", "12.3", "123", "-1.50"]);
+        let all = [0.0, 0.000_123_4, 0.012_34, 1.234, 12.34, 123.4, -1.5].map(number);
+        assert_eq!(all, ["0", "0.00012", "0.012", "1.23", "12.3", "123", "-1.50"]);
     }
 }
