@@ -434,9 +434,10 @@ impl Port {
             self.clear(slot)?;
         }
         lock(&self.desk.dns).remove(&rule);
-        if std::mem::take(&mut self.rules[rule]) {
-            let floor = self.desk.table.rules[rule].lateness.floor();
-            let _known = self.late().fetch_update(Ordering::Relaxed, Ordering::Relaxed, |known| {
+        let cells = &self.desk.table.rules[rule];
+        if std::mem::take(&mut self.rules[rule]) && cells.delayed.load() > 0 {
+            let floor = cells.lateness.floor();
+            let _no_less = self.late().fetch_update(Ordering::Relaxed, Ordering::Relaxed, |known| {
                 (floor != 0 && (known == 0 || floor < known)).then_some(floor)
             });
         }

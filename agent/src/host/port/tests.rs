@@ -269,9 +269,10 @@ async fn privileged_a_rule_begins_with_the_least_that_any_before_it_was_late() {
     // Late by so much; 0: nothing was late, or nobody knows.
     for found in [9_000, 7_000, 0, 8_000, 7_000] {
         let rule = port.add(spec.clone(), ALWAYS).expect("added");
-        let lateness = &port.desk.table.rules[rule].lateness;
-        begun.push(lateness.floor());
-        lateness.begin(found);
+        let cells = &port.desk.table.rules[rule];
+        begun.push(cells.lateness.floor());
+        cells.lateness.begin(found);
+        cells.delayed.add(1);
         port.remove(rule).expect("removed");
     }
     assert_eq!(begun, [0, 9_000, 7_000, 7_000, 7_000]);
