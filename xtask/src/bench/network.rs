@@ -26,7 +26,7 @@ pub(crate) struct Options {
     #[arg(long, value_delimiter = ',', default_value = "5.10,6.1,6.12,7.2")]
     kernels: Vec<String>,
     /// In VMs with one CPU whose clocks count its instructions: only the rows that are about time, which then repeat, whatever else this machine does.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "host")]
     icount: bool,
     /// Measure on this host only: what it has no netem for is held to theory.
     #[arg(long)]
@@ -265,6 +265,7 @@ fn page(all: &[Results]) -> String {
         packets leave. A VM without KVM is slow and shares the machine, so that times have outliers; ratios of the same run \
         are what counts. Of throughputs, spreads and p99s the geometric means of the turns are shown, and their ratio must reach the \
         limit, or its 95 % interval must where that is narrower than 0.2. netem has no part in rows without its figure; what they must reach follows from what was asked. \
+        A date is that of the newest row of its table. \
         Neighbours are beside a fault that is not about them. Where the row says so, they and delays are measured with an agent \
         at rest: a second after an injection it loads the programs for the next one, when nobody else wants the CPU, and that is \
         not in these rows. It takes some seconds of CPU in such a VM. And HyStart is switched off where the row says so, on either side: TCP's slow \
