@@ -22,7 +22,7 @@ mod skb;
 
 use aya_ebpf::{
     Global,
-    bindings::TC_ACT_SHOT,
+    bindings::{TC_ACT_SHOT, TC_ACT_STOLEN},
     helpers::{bpf_ktime_get_boot_ns, bpf_ktime_get_ns},
     macros::{classifier, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, lpm_trie::Key},
@@ -110,7 +110,7 @@ fn cgroup_set(id: u64) -> u64 {
 /// Notes whose flow a packet belongs to that leaves, where a rule will ask when packets of it arrive.
 #[inline(always)]
 fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
-    if SOCKET_CGROUPS.load() == 0 || table.owners.load() == 0 {
+    if table.owners.load() == 0 || SOCKET_CGROUPS.load() == 0 {
         return;
     }
     let id = skb.cgroup_id();
@@ -176,24 +176,28 @@ pub fn squall_empty(_ctx: TcContext) -> i32 {
 
 /// Packets that leave.
 #[classifier]
+#[inline(always)]
 pub fn squall_egress(ctx: TcContext) -> i32 {
     port::<true>(&ctx, Direction::Egress)
 }
 
 /// Packets that arrive.
 #[classifier]
+#[inline(always)]
 pub fn squall_ingress(ctx: TcContext) -> i32 {
     port::<true>(&ctx, Direction::Ingress)
 }
 
 /// Packets that leave, before 5.12.
 #[classifier]
+#[inline(always)]
 pub fn squall_egress_510(ctx: TcContext) -> i32 {
     port::<false>(&ctx, Direction::Egress)
 }
 
 /// Packets that arrive, before 5.12.
 #[classifier]
+#[inline(always)]
 pub fn squall_ingress_510(ctx: TcContext) -> i32 {
     port::<false>(&ctx, Direction::Ingress)
 }
@@ -232,12 +236,12 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     }
     let Some(packet) = head.complete(&skb, way) else { return NEXT };
     let set = matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet });
-    // Of the packet these numbers are all that follows needs. The verifier, which went a hundred ways to get here, knows none of
-    // them, and so goes on once.
-    let mut set = skb.forget(set);
     if set == 0 {
         return NEXT;
     }
+    // Of the packet these numbers are all that follows needs. The verifier, which went a hundred ways to get here, knows none of
+    // them, and so goes on once.
+    let mut set = skb.forget(set);
     let flow = skb.forget(packet.flow());
     let whole = skb.forget(u64::from(whole)) != 0;
     // SAFETY: the helper takes no argument and cannot fail.
@@ -323,7 +327,7 @@ impl Place<'_> {
         if lost {
             rule.dropped.add(1);
             if !twice {
-                return lose(hook);
+                return lose(self.table, hook);
             }
         }
         // As netem does: of two copies of which one is lost, one remains; otherwise the second has a fate of its own.
@@ -425,7 +429,7 @@ impl Place<'_> {
         let now = monotonic();
         let Some(fate) = self.fate(n, now) else {
             self.rule.dropped.add(1);
-            return lose(self.hook);
+            return lose(self.table, self.hook);
         };
         if fate.corrupt {
             return match self.open(Lane::Work) {
@@ -455,7 +459,7 @@ impl Place<'_> {
         } else {
             self.rule.failed.add(1);
         }
-        lose(self.hook)
+        lose(self.table, self.hook)
     }
 
     /// Sends a second copy of the packet.
@@ -557,11 +561,12 @@ fn monotonic() -> u64 {
 /// Loses a packet as a network would.
 ///
 /// At egress `TC_ACT_SHOT` would tell the local sender (`NET_XMIT_DROP`), and TCP would take it for congestion of its own
-/// host. A redirect to an interface that does not exist frees the packet and reports success, under TCX and in a
-/// classifier alike (`sch_handle_egress` and `skb_do_redirect`, Linux 5.10 net/core/dev.c and filter.c to 6.18).
+/// host. `TC_ACT_STOLEN` of a classifier frees the packet and reports success; TCX does not know it. There it is a redirect to an
+/// interface that does not exist (`sch_handle_egress` and `skb_do_redirect`, Linux 5.10 net/core/dev.c and filter.c to 6.18).
 #[inline(always)]
-fn lose(hook: Direction) -> i32 {
+fn lose(table: &Table, hook: Direction) -> i32 {
     match hook {
+        Direction::Egress if table.classifier.load() != 0 => TC_ACT_STOLEN,
         Direction::Egress => redirect(0, false),
         Direction::Ingress => TC_ACT_SHOT,
     }

@@ -38,10 +38,11 @@ pub(crate) struct Note {
 
 /// Departure times are times since boot and fit below for nine years.
 const DUE_BITS: u32 = 58;
-/// Enough of an arrival time to tell delays of up to 18 minutes.
 const ARRIVED_BITS: u32 = tap::ARRIVED_BITS;
-/// Where the rule ends that is above it, and the lower bits of the departure time begin, in units of 1024 ns.
+/// Where the rule ends that is above it, and the lower bits of the departure time begin.
 const PUNCTUAL_BIT: u32 = ARRIVED_BITS + RULES.ilog2();
+/// The units of those are 64 ns, and they tell whether a packet is late or early by up to 134 ms.
+const PUNCTUAL_UNIT: u32 = 6;
 
 impl Note {
     /// A job beside [`tap::Job`]'s: delay, and let it overtake others.
@@ -56,7 +57,7 @@ impl Note {
             first: due | job << DUE_BITS,
             second: (arrived & ((1 << ARRIVED_BITS) - 1))
                 | (rule as u64 & (RULES as u64 - 1)) << ARRIVED_BITS
-                | (due >> 10) << PUNCTUAL_BIT,
+                | (due >> PUNCTUAL_UNIT) << PUNCTUAL_BIT,
         }
     }
 
@@ -78,9 +79,9 @@ impl Note {
     /// Nanoseconds by which a packet leaves later than it was to, by what [`Skb::behind`] gives back; 0 where it is not late.
     #[inline(always)]
     pub(crate) fn late(self, now: u64) -> u64 {
-        let late = (now >> 10).wrapping_sub(self.second >> PUNCTUAL_BIT) << PUNCTUAL_BIT;
+        let late = (now >> PUNCTUAL_UNIT).wrapping_sub(self.second >> PUNCTUAL_BIT) << PUNCTUAL_BIT;
         // The upper half of the numbers is those below zero.
-        if late >> 63 == 0 { (late >> PUNCTUAL_BIT) << 10 } else { 0 }
+        if late >> 63 == 0 { late >> PUNCTUAL_BIT << PUNCTUAL_UNIT } else { 0 }
     }
 
     /// The lower bits of the arrival time; [`Note::since`] understands them.
@@ -256,6 +257,26 @@ impl<'a> Skb<'a> {
         (unsafe { bpf_skb_ecn_set_ce(self.ptr) }) == 1
     }
 
+    /// A copy of what is at an offset: a number, or an array of numbers.
+    #[inline(always)]
+    fn load<T: Copy>(&self, offset: usize) -> Option<T> {
+        let mut copy = MaybeUninit::<T>::uninit();
+        // SAFETY: the helper writes all of it, or fails.
+        let failed = unsafe {
+            bpf_skb_load_bytes(
+                self.ptr.cast(),
+                offset as u32,
+                copy.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+            )
+        };
+        if failed != 0 {
+            return None;
+        }
+        // SAFETY: the helper succeeded, so all of it is written, and any bytes are a number.
+        Some(unsafe { copy.assume_init() })
+    }
+
     /// Puts bytes in front of the packet.
     #[inline(always)]
     pub(crate) fn push(&self, bytes: &[u8; tap::LEN]) -> bool {
@@ -276,25 +297,47 @@ pub(crate) fn redirect(ifindex: u32, ingress: bool) -> i32 {
     (unsafe { bpf_redirect(ifindex, flags) }) as i32
 }
 
+/// Four bytes of a packet at once. LLVM reads what may not be aligned byte by byte; the kernel lets programs read words where the machine does
+/// (`check_pkt_ptr_alignment`, kernel/bpf/verifier.c, 5.10).
+#[inline(always)]
+unsafe fn word<const AT: usize>(start: usize) -> u32 {
+    let word: u64;
+    // SAFETY: the caller's. Pure, so that the compiler leaves out what nobody asks for.
+    unsafe {
+        core::arch::asm!(
+            "{w} = *(u32 *)({p} + {at})",
+            w = out(reg) word,
+            p = in(reg) start,
+            at = const AT,
+            options(pure, readonly, nostack)
+        );
+    }
+    u32::from_be(word as u32)
+}
+
 impl Bytes for Skb<'_> {
     #[inline(always)]
-    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        const { assert!(N <= 5) };
         let start = field!(self, data) as usize + offset;
-        // Of a single byte LLVM makes a comparison that the verifier does not understand.
-        if N > 1 && start + N <= field!(self, data_end) as usize {
+        if start + N * 4 <= field!(self, data_end) as usize {
             // SAFETY: the bytes are within the packet's linear part, as the verifier sees for itself.
-            return Some(unsafe { (start as *const [u8; N]).read_unaligned() });
+            return Some(core::array::from_fn(|n| unsafe {
+                match n {
+                    0 => word::<0>(start),
+                    1 => word::<4>(start),
+                    2 => word::<8>(start),
+                    3 => word::<12>(start),
+                    _ => word::<16>(start),
+                }
+            }));
         }
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-        // SAFETY: the helper writes all N bytes, or fails.
-        let failed = unsafe {
-            bpf_skb_load_bytes(self.ptr.cast(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
-        };
-        if failed != 0 {
-            return None;
-        }
-        // SAFETY: the helper succeeded, so all bytes are written.
-        Some(unsafe { bytes.assume_init() })
+        self.load::<[u32; N]>(offset).map(|words| words.map(u32::from_be))
+    }
+
+    #[inline(always)]
+    fn byte(&self, offset: usize) -> Option<u8> {
+        self.load(offset)
     }
 
     #[inline(always)]

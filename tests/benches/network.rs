@@ -217,14 +217,16 @@ fn plot_quantiles(plot: &str, name: &str, sample: &[f64]) {
 async fn delays(bench: &Bench, duel: &mut Duel, ms: u64) -> Result<Vec<Row>> {
     let probe = Probe {
         packets: bench.packets(1000),
-        // No packet is sent when another comes due: that would measure the sender.
-        gap: Duration::from_micros(2_300),
+        // No packet is sent when another comes due, which would measure the sender, and none of many in a row when the kernel's clock ticks.
+        gap: Duration::from_nanos(2_313_700),
         patience: Duration::from_millis(ms + 300),
         ..Probe::default()
     };
     let sides = [Side::ours(delay(ms)), Side::Netem(format!("delay {ms}ms limit 100000"))];
     let agent = duel.agent.pid();
-    let shapes = in_turns(duel, [&sides[0], &sides[1]], bench.rounds(8), |lab| {
+    // In a counted VM there is no waiting.
+    let rounds = bench.rounds(if bench.icount { 32 } else { 8 });
+    let shapes = in_turns(duel, [&sides[0], &sides[1]], rounds, |lab| {
         at_rest(agent)?;
         let seen = probe.run(&lab.near, &lab.far, FAR)?;
         ensure!(seen.losses() == 0, "{} packets were lost", seen.losses());

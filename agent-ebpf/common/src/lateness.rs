@@ -9,7 +9,7 @@ use crate::table::Cell;
 /// Of so many packets the most punctual counts.
 const WINDOW: u64 = 64;
 /// And of so many where nothing is known yet.
-const FIRST: u64 = 8;
+const FIRST: u64 = 2;
 /// More than this, in nanoseconds, is no overhead but a machine that has no time.
 const MOST: u64 = 500_000;
 
@@ -23,6 +23,8 @@ pub struct Lateness {
     least: Cell,
     /// The least of the window before, or what has come since and is less. 0: nothing is known, or nobody is late.
     floor: Cell,
+    /// The least of the last whole window. A packet with nobody behind it is late by less than those before it, and then it is the last.
+    settled: Cell,
     /// By how much packets are sent off earlier.
     taken: Cell,
     /// Packets before were due at the latest at this time, by what was asked.
@@ -45,7 +47,9 @@ impl Lateness {
                 self.floor.store(late);
             }
         } else {
-            self.floor.store(if least < MOST { least } else { MOST });
+            let least = if least < MOST { least } else { MOST };
+            self.floor.store(least);
+            self.settled.store(least);
             self.seen.store(0);
         }
     }
@@ -74,12 +78,13 @@ impl Lateness {
             cell.store(0);
         }
         self.floor.store(floor);
+        self.settled.store(floor);
     }
 
-    /// What even the most punctual are late; 0 where nothing is known.
+    /// What even the most punctual of a whole window were late; 0 where nothing is known.
     #[cfg(any(test, feature = "user"))]
-    pub fn floor(&self) -> u64 {
-        self.floor.load()
+    pub fn settled(&self) -> u64 {
+        self.settled.load()
     }
 }
 
@@ -110,7 +115,10 @@ mod tests {
         assert_eq!(lateness.sooner(40 * MS, 30 * MS), 40 * MS - 20_000);
         lateness.note(30_000);
         assert_eq!(lateness.sooner(50 * MS, 40 * MS), 50 * MS - 30_000);
-        assert_eq!(lateness.floor(), 30_000);
+        // One alone says nothing about those of another rule.
+        lateness.note(25_000);
+        assert_eq!(lateness.sooner(55 * MS, 50 * MS), 55 * MS - 25_000);
+        assert_eq!(lateness.settled(), 30_000);
         lateness.begin(10_000);
         assert_eq!(lateness.sooner(60 * MS, 50 * MS), 60 * MS - 10_000);
         lateness.begin(0);

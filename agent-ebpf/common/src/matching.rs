@@ -59,6 +59,9 @@ pub fn by_transport(table: &Table, set: u64, packet: &Packet, maps: &impl Lookup
     let mut set = set;
     set = narrow(table, set, maps, Dimension::PeerPort, packet.port_pair.get().map(|pair| pair >> 16));
     set = narrow(table, set, maps, Dimension::LocalPort, packet.port_pair.get());
+    if set == 0 {
+        return 0;
+    }
     if set & !table.plain.load() != 0 {
         set = narrow(table, set, maps, Dimension::Icmp, packet.icmp_type.get());
         set = narrow(table, set, maps, Dimension::Flags, packet.tcp_flags.get());

@@ -135,8 +135,12 @@ impl Packet {
 
 /// Where a packet's bytes come from: the kernel's helper in eBPF, a slice in tests.
 pub trait Bytes {
-    /// `N` bytes at an offset, or `None` past the end.
-    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+    /// `N` numbers of four bytes each, the most significant first, from an offset on, or `None` past the end. Of single bytes LLVM would make
+    /// an instruction each, and more to put them together.
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]>;
+
+    /// The byte at an offset, or `None` past the end.
+    fn byte(&self, offset: usize) -> Option<u8>;
 
     /// The same number, of which the verifier knows nothing any more. It follows a program once for each thing it knows: a
     /// header that may be in ten places would have all that comes after it looked at ten times.
@@ -146,8 +150,17 @@ pub trait Bytes {
 }
 
 impl Bytes for [u8] {
-    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
-        self.get(offset..)?.get(..N)?.try_into().ok()
+    fn words<const N: usize>(&self, offset: usize) -> Option<[u32; N]> {
+        let (words, _) = self.get(offset..)?.as_chunks();
+        let mut numbers = [0; N];
+        for (number, word) in numbers.iter_mut().zip(words.get(..N)?) {
+            *number = u32::from_be_bytes(*word);
+        }
+        Some(numbers)
+    }
+
+    fn byte(&self, offset: usize) -> Option<u8> {
+        self.get(offset).copied()
     }
 }
 
@@ -244,11 +257,11 @@ pub fn head(
         if ethertype != ETH_P_8021Q && ethertype != ETH_P_8021AD {
             break;
         }
-        let [id_hi, id_lo, hi, lo] = bytes.read::<4>(offset)?;
+        let [tag] = bytes.words(offset)?;
         if vlan == 0 {
-            vlan = u16::from_be_bytes([id_hi, id_lo]) & VLAN_ID;
+            vlan = (tag >> 16) as u16 & VLAN_ID;
         }
-        ethertype = u16::from_be_bytes([hi, lo]);
+        ethertype = tag as u16;
         offset += 4;
     }
     let ethertype = bytes.forget(u64::from(ethertype)) as u16;
@@ -263,23 +276,23 @@ pub fn head(
 
 #[inline(always)]
 fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Head> {
-    let header = bytes.read::<20>(offset)?;
-    let length = usize::from(header[0] & 0x0f) * 4;
-    let fragments = u16::from_be_bytes([header[6], header[7]]);
+    let [first, second, third, source, destination] = bytes.words(offset)?;
+    let length = (first >> 24 & 0x0f) as usize * 4;
+    let fragments = second as u16;
     let peer = match way {
-        Direction::Egress => [header[16], header[17], header[18], header[19]],
-        Direction::Ingress => [header[12], header[13], header[14], header[15]],
+        Direction::Egress => destination,
+        Direction::Ingress => source,
     };
-    let next = header[9];
+    let next = (third >> 16) as u8;
     let transport = if fragments << 3 == 0 { offset + length } else { 0 };
     Some(Head {
         packet: Packet {
-            peer: Peer::from(Address::V4(peer)).forgotten(bytes),
+            peer: Peer { v6: 0, high: 0, low: u64::from(peer) }.forgotten(bytes),
             kind: kind(bytes, next),
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
             icmp_type: Maybe::NONE,
-            dscp: u64::from(header[1] >> 2),
+            dscp: u64::from(first >> 18 & 0x3f),
             fragment: bytes.forget(u64::from(fragments & 0x3fff != 0)) & 1,
             vlan: u64::from(vlan),
         },
@@ -290,31 +303,34 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
 
 #[inline(always)]
 fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direction) -> Option<Head> {
-    let [first, second, .., mut next] = bytes.read::<7>(offset)?;
-    let dscp = (first & 0x0f) << 2 | second >> 6;
-    let peer = bytes.read::<16>(match way {
+    let [first, second] = bytes.words(offset)?;
+    let dscp = first >> 22 & 0x3f;
+    let mut next = (second >> 8) as u8;
+    let [a, b, c, d] = bytes.words(match way {
         Direction::Egress => offset + 24,
         Direction::Ingress => offset + 8,
     })?;
+    let peer =
+        Peer { v6: 1, high: u64::from(a) << 32 | u64::from(b), low: u64::from(c) << 32 | u64::from(d) };
     let mut offset = offset + 40;
     let mut fragment = false;
     let mut later = false;
     for _ in 0..EXTENSIONS {
         let length = match next {
             IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS | IPPROTO_FRAGMENT | IPPROTO_AH => {
-                let header = bytes.read::<4>(offset)?;
+                let [header] = bytes.words(offset)?;
+                let length = (header >> 16 & 0xff) as usize;
                 let length = match next {
                     IPPROTO_FRAGMENT => {
                         // Offset, and whether more fragments follow.
-                        let place = u16::from_be_bytes([header[2], header[3]]);
-                        fragment = place & 0xfff9 != 0;
-                        later = place & 0xfff8 != 0;
+                        fragment = header & 0xfff9 != 0;
+                        later = header & 0xfff8 != 0;
                         8
                     }
-                    IPPROTO_AH => (usize::from(header[1]) + 2) * 4,
-                    _ => (usize::from(header[1]) + 1) * 8,
+                    IPPROTO_AH => (length + 2) * 4,
+                    _ => (length + 1) * 8,
                 };
-                next = header[0];
+                next = (header >> 24) as u8;
                 length
             }
             _ => break,
@@ -331,7 +347,7 @@ fn parse_v6(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
     let transport = if later { 0 } else { offset };
     Some(Head {
         packet: Packet {
-            peer: Peer::from(Address::V6(peer)).forgotten(bytes),
+            peer: peer.forgotten(bytes),
             kind: kind(bytes, next),
             port_pair: Maybe::NONE,
             tcp_flags: Maybe::NONE,
@@ -361,19 +377,19 @@ fn inner(bytes: &(impl Bytes + ?Sized), protocol: u8, offset: usize, way: Direct
     let mut inner = Inner::UNKNOWN;
     match protocol {
         IPPROTO_ICMP | IPPROTO_ICMPV6 => {
-            if let Some([kind]) = bytes.read::<1>(offset) {
+            if let Some(kind) = bytes.byte(offset) {
                 inner.icmp_type = Maybe::some(u32::from(kind));
             }
         }
         IPPROTO_TCP => {
-            if let Some(header) = bytes.read::<14>(offset) {
-                inner.port_pair = pair([header[0], header[1], header[2], header[3]], way);
-                inner.tcp_flags = Maybe::some(u32::from(header[13]));
+            if let Some([ports, _, _, flags]) = bytes.words(offset) {
+                inner.port_pair = pair(ports, way);
+                inner.tcp_flags = Maybe::some(flags >> 16 & 0xff);
             }
         }
         IPPROTO_UDP | IPPROTO_SCTP | IPPROTO_DCCP | IPPROTO_UDPLITE => {
-            if let Some(four) = bytes.read::<4>(offset) {
-                inner.port_pair = pair(four, way);
+            if let Some([ports]) = bytes.words(offset) {
+                inner.port_pair = pair(ports, way);
             }
         }
         _ => {}
@@ -381,13 +397,12 @@ fn inner(bytes: &(impl Bytes + ?Sized), protocol: u8, offset: usize, way: Direct
     inner
 }
 
-/// Ports of the peer and of the target, from a header that begins with source and destination.
+/// Ports of the peer and of the target, from those of source and destination.
 #[inline(always)]
-fn pair(header: [u8; 4], way: Direction) -> Maybe {
-    let pair = u32::from_be_bytes(header);
+fn pair(ports: u32, way: Direction) -> Maybe {
     Maybe::some(match way {
-        Direction::Egress => pair.rotate_left(16),
-        Direction::Ingress => pair,
+        Direction::Egress => ports.rotate_left(16),
+        Direction::Ingress => ports,
     })
 }
 
@@ -427,7 +442,7 @@ mod tests {
     }
 
     // Source port 1000, destination port 6379.
-    const SEGMENT: [u8; 14] = [0x03, 0xe8, 0x18, 0xeb, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x12];
+    const SEGMENT: [u8; 16] = [0x03, 0xe8, 0x18, 0xeb, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x12, 0, 0];
 
     fn read(p: &[u8], ethertype: u16, way: Direction) -> Option<Packet> {
         parse(p, ethertype, 0, 0, way)
@@ -484,7 +499,7 @@ mod tests {
     #[test]
     fn a_flow_is_the_same_both_ways_and_another_is_not() {
         let out = v4(6, 0, 0, &SEGMENT);
-        let mut back = v4(6, 0, 0, &[0x18, 0xeb, 0x03, 0xe8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let mut back = v4(6, 0, 0, &[0x18, 0xeb, 0x03, 0xe8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         back[12..20].copy_from_slice(&[10, 0, 0, 2, 10, 0, 0, 1]);
         let flow = |p: &[u8], way| read(p, ETH_P_IP, way).unwrap().flow();
         assert_eq!(flow(&out, Direction::Egress), flow(&back, Direction::Ingress));

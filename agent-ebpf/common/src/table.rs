@@ -242,6 +242,8 @@ pub struct Table {
     pub open_until: [Cell; LANES],
     /// Not 0 where [`Lane::Hold`] is a veth pair with `sch_fq`.
     pub line: Cell,
+    /// Not 0 where the programs are classifiers, and not attached by TCX.
+    pub classifier: Cell,
     /// The rules.
     pub rules: [Rule; RULES],
 }
@@ -270,6 +272,7 @@ impl Default for Table {
             lane: Default::default(),
             open_until: Default::default(),
             line: Cell::default(),
+            classifier: Cell::default(),
             rules: from_fn(|_| Rule::default()),
         }
     }

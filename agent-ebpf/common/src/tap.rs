@@ -11,8 +11,8 @@ pub const ETHERTYPE: u16 = 0x88b5;
 /// The first six bytes, where a destination address would be: locally administered.
 pub const MAGIC: [u8; 6] = [0x02, b's', b'q', b'u', b'a', b'l'];
 
-/// So many lower bits of an arrival time travel with a packet.
-pub const ARRIVED_BITS: u32 = 40;
+/// So many lower bits of an arrival time in nanoseconds travel with a packet: 68 seconds, and no packet is held longer than 60.
+pub const ARRIVED_BITS: u32 = 36;
 
 /// What is to be done with a packet when it is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -47,8 +47,8 @@ use crate::{crash, fault::Window, frame::Dns, time::BootTime};
 const LONGEST_DRAIN: Duration = Duration::from_secs(1);
 const LOOPBACK: u32 = 1;
 
-/// The least by which packets of any rule before were late behind a TAP queue, and behind a line, in nanoseconds; 0: not known yet. A
-/// rule begins with it, so that its first packets are as punctual as those after them.
+/// By how much even the most punctual packets of the rule before were late behind a TAP queue, and behind a line, in nanoseconds; 0: not
+/// known yet. A rule begins with it, so that its first packets are as punctual as those after them.
 static LATE: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
 
 /// What a rule is about, and what it does.
@@ -339,6 +339,7 @@ impl Port {
         table.link_header.store(u64::from(link_header));
         table.ifindex.store(u64::from(interface.index));
         table.outside.store(u64::from(outside));
+        table.classifier.store(u64::from(support.hook == Hook::Clsact));
         let desk = Arc::new(Desk { table, delays: Arc::clone(programs.delays()), dns: Mutex::default() });
         Ok(Self {
             support,
@@ -436,9 +437,10 @@ impl Port {
         lock(&self.desk.dns).remove(&rule);
         let cells = &self.desk.table.rules[rule];
         if std::mem::take(&mut self.rules[rule]) && cells.delayed.load() > 0 {
-            let floor = cells.lateness.floor();
-            let _no_less = self.late().fetch_update(Ordering::Relaxed, Ordering::Relaxed, |known| {
-                (floor != 0 && (known == 0 || floor < known)).then_some(floor)
+            let floor = cells.lateness.settled();
+            // Where a rule's time was a busy one, the first packets of the next would leave too early.
+            let _unknown = self.late().fetch_update(Ordering::Relaxed, Ordering::Relaxed, |known| {
+                (floor != 0).then_some(if known == 0 { floor } else { floor.min(2 * known) })
             });
         }
         self.write_endpoints(rule, BTreeMap::new())
