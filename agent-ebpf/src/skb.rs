@@ -297,22 +297,23 @@ pub(crate) fn redirect(ifindex: u32, ingress: bool) -> i32 {
     (unsafe { bpf_redirect(ifindex, flags) }) as i32
 }
 
-/// Four bytes of a packet at once. LLVM reads what may not be aligned byte by byte; the kernel lets programs read words where the machine does
-/// (`check_pkt_ptr_alignment`, kernel/bpf/verifier.c, 5.10).
-#[inline(always)]
-unsafe fn word<const AT: usize>(start: usize) -> u32 {
-    let word: u64;
-    // SAFETY: the caller's. Pure, so that the compiler leaves out what nobody asks for.
-    unsafe {
-        core::arch::asm!(
-            "{w} = *(u32 *)({p} + {at})",
-            w = out(reg) word,
-            p = in(reg) start,
-            at = const AT,
-            options(pure, readonly, nostack)
-        );
-    }
-    u32::from_be(word as u32)
+/// Four bytes of a packet at once, at an offset behind a place. LLVM reads what may not be aligned byte by byte; the kernel lets programs read
+/// words where the machine does (`check_pkt_ptr_alignment`, kernel/bpf/verifier.c, 5.10).
+macro_rules! word {
+    ($place:expr, $offset:literal) => {{
+        let word: u64;
+        // SAFETY: the bytes are within the packet's linear part, as the verifier sees for itself. Pure, so that the compiler leaves out what
+        // nobody asks for.
+        unsafe {
+            core::arch::asm!(
+                concat!("{w} = *(u32 *)({p} + ", $offset, ")"),
+                w = out(reg) word,
+                p = in(reg) $place,
+                options(pure, readonly, nostack)
+            );
+        }
+        u32::from_be(word as u32)
+    }};
 }
 
 impl Bytes for Skb<'_> {
@@ -321,15 +322,12 @@ impl Bytes for Skb<'_> {
         const { assert!(N <= 5) };
         let start = field!(self, data) as usize + offset;
         if start + N * 4 <= field!(self, data_end) as usize {
-            // SAFETY: the bytes are within the packet's linear part, as the verifier sees for itself.
-            return Some(core::array::from_fn(|n| unsafe {
-                match n {
-                    0 => word::<0>(start),
-                    1 => word::<4>(start),
-                    2 => word::<8>(start),
-                    3 => word::<12>(start),
-                    _ => word::<16>(start),
-                }
+            return Some(core::array::from_fn(|n| match n {
+                0 => word!(start, 0),
+                1 => word!(start, 4),
+                2 => word!(start, 8),
+                3 => word!(start, 12),
+                _ => word!(start, 16),
             }));
         }
         self.load::<[u32; N]>(offset).map(|words| words.map(u32::from_be))
