@@ -265,6 +265,8 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     }
     // Behind the loop, so that the verifier looks at what follows once.
     let rule = &table.rules[index];
+    // Another one, so that the first need not be in memory.
+    let skb = Skb::new(ctx);
     Place { ctx, skb: &skb, hook, table, index, rule, boot: now, flow }.act::<FETCH>(packet.tcp_flags, whole)
 }
 

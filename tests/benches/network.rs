@@ -104,6 +104,11 @@ impl Bench {
         }
     }
 
+    /// Rounds that take little time in a counted VM, because it does not wait: as many there as elsewhere.
+    fn short_rounds(&self, full: u32) -> u32 {
+        self.rounds(if self.icount { 4 * full } else { full })
+    }
+
     fn wants(&self, name: &str) -> bool {
         let of_time = ["delay", "TCP throughput", "neighbour"].iter().any(|what| name.starts_with(what));
         name.contains(&self.only) && (of_time || !self.icount)
@@ -224,9 +229,7 @@ async fn delays(bench: &Bench, duel: &mut Duel, ms: u64) -> Result<Vec<Row>> {
     };
     let sides = [Side::ours(delay(ms)), Side::Netem(format!("delay {ms}ms limit 100000"))];
     let agent = duel.agent.pid();
-    // In a counted VM there is no waiting.
-    let rounds = bench.rounds(if bench.icount { 32 } else { 8 });
-    let shapes = in_turns(duel, [&sides[0], &sides[1]], rounds, |lab| {
+    let shapes = in_turns(duel, [&sides[0], &sides[1]], bench.short_rounds(8), |lab| {
         at_rest(agent)?;
         let seen = probe.run(&lab.near, &lab.far, FAR)?;
         ensure!(seen.losses() == 0, "{} packets were lost", seen.losses());
@@ -755,7 +758,7 @@ async fn neighbours(bench: &Bench, duel: &mut Duel) -> Result<Vec<Row>> {
     };
     let mut all = [Vec::new(), Vec::new()];
     ensure!(duel.agent.terminate()?.success(), "the agent failed:\n{}", duel.agent.log());
-    for round in 0..bench.rounds(8) {
+    for round in 0..bench.short_rounds(8) {
         // Each is first as often as the other.
         for side in if round % 2 == 0 { [0, 1] } else { [1, 0] } {
             let injection = if side == 0 {

@@ -27,10 +27,16 @@ pub fn live(table: &Table, way: Direction) -> u64 {
     }
 }
 
+/// Whether there are clauses in the set that are not in `any`.
+#[inline(always)]
+fn asks(set: u64, any: u64) -> bool {
+    set | any != any
+}
+
 #[inline(always)]
 fn narrow(table: &Table, set: u64, maps: &impl Lookup, dimension: Dimension, value: Option<u32>) -> u64 {
     let any = table.any[dimension as usize].load();
-    if set & !any == 0 { set } else { set & (any | value.map_or(0, |v| maps.value(dimension, v as u16))) }
+    if asks(set, any) { set & (any | value.map_or(0, |v| maps.value(dimension, v as u16))) } else { set }
 }
 
 /// The clauses of `live` that the packet may satisfy by its network layer. No lookup is made whose answer cannot
@@ -41,13 +47,13 @@ pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup)
     let mut set = live & table.protocol[packet.kind as usize & 3].load();
     // Peers first: most packets are of nobody that a rule names, and what else is in their headers need not be looked at.
     let any = table.any_peer.load();
-    if set & !any != 0 && !maps.may_be_peer(&packet.peer) {
+    if asks(set, any) && !maps.may_be_peer(&packet.peer) {
         set &= any;
     }
-    if set & !table.plain.load() != 0 {
+    if asks(set, table.plain.load()) {
         set = narrow(table, set, maps, Dimension::Vlan, Some(packet.vlan as u32));
         set = narrow(table, set, maps, Dimension::Dscp, Some(packet.dscp as u32));
-        set = narrow(table, set, maps, Dimension::Fragment, Some(packet.fragment as u32));
+        set = narrow(table, set, maps, Dimension::Fragment, Some(u32::from(packet.is_fragment())));
     }
     set
 }
@@ -58,20 +64,23 @@ pub fn by_network(table: &Table, live: u64, packet: &Packet, maps: &impl Lookup)
 pub fn by_transport(table: &Table, set: u64, packet: &Packet, maps: &impl Lookup) -> u64 {
     let mut set = set;
     set = narrow(table, set, maps, Dimension::PeerPort, packet.port_pair.get().map(|pair| pair >> 16));
+    if set == 0 {
+        return 0;
+    }
     set = narrow(table, set, maps, Dimension::LocalPort, packet.port_pair.get());
     if set == 0 {
         return 0;
     }
-    if set & !table.plain.load() != 0 {
+    if asks(set, table.plain.load()) {
         set = narrow(table, set, maps, Dimension::Icmp, packet.icmp_type.get());
         set = narrow(table, set, maps, Dimension::Flags, packet.tcp_flags.get());
     }
     let any = table.any_peer.load();
-    if set & !any != 0 {
+    if asks(set, any) {
         set &= any | maps.peer(packet.peer);
     }
     let any = table.any_cgroup.load();
-    if set & !any != 0 {
+    if asks(set, any) {
         set &= any | maps.cgroup();
     }
     set

@@ -110,8 +110,8 @@ pub struct Packet {
     pub icmp_type: Maybe,
     /// The code point of the traffic class, 0 to 63.
     pub dscp: u64,
-    /// 1 where it is a fragment, the first one included; otherwise 0.
-    pub fragment: u64,
+    /// What says that it is a fragment, the first one included; otherwise 0.
+    pub(crate) fragment: u64,
     /// Id of the outermost VLAN tag; 0 where there is none, or one that is only a priority.
     pub vlan: u64,
 }
@@ -122,6 +122,13 @@ impl Packet {
     #[must_use]
     pub fn ports(&self) -> Option<(u16, u16)> {
         self.port_pair.get().map(|pair| ((pair >> 16) as u16, pair as u16))
+    }
+
+    /// Whether it is a fragment, the first one included.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_fragment(&self) -> bool {
+        self.fragment != 0
     }
 
     /// A number that all packets of one flow share, whichever way they go.
@@ -264,13 +271,15 @@ pub fn head(
         ethertype = tag as u16;
         offset += 4;
     }
-    let ethertype = bytes.forget(u64::from(ethertype)) as u16;
+    let ethertype = bytes.forget(u64::from(ethertype));
     let offset = bytes.forget(offset as u64) as usize & FARTHEST;
     let vlan = bytes.forget(u64::from(vlan)) as u16 & VLAN_ID;
-    match ethertype {
-        ETH_P_IP => parse_v4(bytes, offset, vlan, way),
-        ETH_P_IPV6 => parse_v6(bytes, offset, vlan, way),
-        _ => None,
+    if ethertype == u64::from(ETH_P_IP) {
+        parse_v4(bytes, offset, vlan, way)
+    } else if ethertype == u64::from(ETH_P_IPV6) {
+        parse_v6(bytes, offset, vlan, way)
+    } else {
+        None
     }
 }
 
@@ -293,7 +302,7 @@ fn parse_v4(bytes: &(impl Bytes + ?Sized), offset: usize, vlan: u16, way: Direct
             tcp_flags: Maybe::NONE,
             icmp_type: Maybe::NONE,
             dscp: u64::from(first >> 18 & 0x3f),
-            fragment: bytes.forget(u64::from(fragments & 0x3fff != 0)) & 1,
+            fragment: bytes.forget(u64::from(fragments & 0x3fff)),
             vlan: u64::from(vlan),
         },
         next: u64::from(next),
@@ -472,15 +481,15 @@ mod tests {
         assert_eq!(read(&first, ETH_P_IP, Direction::Egress).unwrap().ports(), Some((6379, 1000)));
         let second = v4(17, 0x0010, 0, &SEGMENT);
         let second = read(&second, ETH_P_IP, Direction::Egress).unwrap();
-        assert_eq!((second.ports(), second.kind, second.fragment), (None, Protocol::Udp as u64, 1));
+        assert_eq!((second.ports(), second.kind, second.is_fragment()), (None, Protocol::Udp as u64, true));
         let mut v6_second = vec![17, 0, 0x00, 0x08, 0, 0, 0, 1];
         v6_second.extend(SEGMENT);
         let second = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
         assert_eq!((second.ports(), second.kind), (None, Protocol::Udp as u64));
         v6_second[3] = 0x01;
         let first = read(&v6(44, &v6_second), ETH_P_IPV6, Direction::Egress).unwrap();
-        assert_eq!((first.ports(), first.fragment), (Some((6379, 1000)), 1));
-        assert_eq!(read(&v4(17, 0x4000, 0, &SEGMENT), ETH_P_IP, Direction::Egress).unwrap().fragment, 0);
+        assert_eq!((first.ports(), first.is_fragment()), (Some((6379, 1000)), true));
+        assert!(!read(&v4(17, 0x4000, 0, &SEGMENT), ETH_P_IP, Direction::Egress).unwrap().is_fragment());
     }
 
     #[test]

@@ -338,7 +338,7 @@ mod tests {
             && clause
                 .tcp_flags
                 .is_none_or(|flags| packet.tcp_flags.get().is_some_and(|f| flags.allow(f as u8)))
-            && clause.fragments.is_none_or(|only| u64::from(only) == packet.fragment)
+            && clause.fragments.is_none_or(|only| only == packet.is_fragment())
             && clause.cgroups.as_ref().is_none_or(|ids| ids.contains(&CGROUP))
     }
 

@@ -36,7 +36,7 @@ fn means(clause: &Clause, packet: &Packet, way: Direction) -> bool {
         Dimension::Dscp => Some(packet.dscp as u16),
         Dimension::Icmp => packet.icmp_type.get().map(|t| t as u16),
         Dimension::Flags => packet.tcp_flags.get().map(|f| f as u16),
-        Dimension::Fragment => Some(packet.fragment as u16),
+        Dimension::Fragment => Some(u16::from(packet.is_fragment())),
     };
     (match way {
         Direction::Egress => clause.egress,
