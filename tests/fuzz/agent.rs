@@ -130,7 +130,7 @@ fn packet(data: &[u8]) {
     let (ethertype, vlan) = (u16::from_be_bytes([*high, *low]), (*vlan).into());
     let parse = |way| packet::parse(bytes, ethertype, vlan, (*offset).into(), way);
     let (Some(out), Some(back)) = (parse(Direction::Egress), parse(Direction::Ingress)) else { return };
-    assert!(out.dscp < 64 && out.fragment < 2 && out.kind < 4 && out.peer.v6 < 2);
+    assert!(out.dscp < 64 && out.kind < 4 && out.peer.v6 < 2);
     assert!(out.vlan <= packet::VLAN_ID.into());
     assert!(
         out.peer.v6 == 1 || out.peer.high == 0 && out.peer.low <= u32::MAX.into(),
