@@ -9,7 +9,7 @@ use crate::table::Cell;
 /// Of so many packets the most punctual counts.
 const WINDOW: u64 = 64;
 /// And of so many where nothing is known yet.
-const FIRST: u64 = 2;
+const FIRST: u64 = 8;
 /// More than this, in nanoseconds, is no overhead but a machine that has no time.
 const MOST: u64 = 500_000;
 
