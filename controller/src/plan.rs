@@ -1,6 +1,10 @@
 //! A plan, parsed and checked. Past this module nothing in it can be invalid.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use squall_proto::v1;
 
@@ -58,7 +62,7 @@ pub(crate) fn parse(file: &Path, text: &str) -> Result<Plan, Invalid> {
     let source = tree::Source::new(file, text);
     let tree = source.parse()?;
     match read::plan(&source.root(&tree)) {
-        Some(plan) if !source.has_problems() => Ok(plan),
+        Some(plan) if !source.has_problems() => Ok(Plan { files: source.files(), ..plan }),
         _ => Err(source.invalid()),
     }
 }
@@ -84,6 +88,8 @@ pub(crate) struct Plan {
     pub limits: Limits,
     /// What a failed gate leads to.
     pub on_fail: OnFail,
+    /// The files that it names: what it calls each, and where that is.
+    pub files: BTreeMap<PathBuf, PathBuf>,
 }
 
 /// What a failed gate leads to.

@@ -55,7 +55,7 @@ pub(crate) async fn run(
     let clock = Clock::start();
     let started = Timestamp::now();
     let seed = seed.or(plan.seed).unwrap_or_else(|| rand::random::<u32>().into());
-    let store = Store::create(&common.runs, &text)?;
+    let store = Store::create(&common.runs, &text, &plan.files)?;
     let id = store.id.clone();
     let log = Arc::new(Log::new(clock, store, Progress::new(common.progress)));
     log.record(outline::run_started(&plan, &id, started, seed));

@@ -1,9 +1,11 @@
-//! Runs on disk: `runs/<id>/{plan.yaml, events.jsonl, report.html, report.json, report.junit.xml, report.md, agent.log}`.
+//! Runs on disk: `runs/<id>/{plan.yaml, events.jsonl, report.html, report.json, report.junit.xml, report.md, agent.log}`, and the
+//! files that the plan names.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, BufRead, BufReader, Write},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use anyhow::{Context, Result};
@@ -21,7 +23,10 @@ pub(crate) struct Store {
 
 impl Store {
     /// Makes a directory with a new id; never one that is there.
-    pub(crate) fn create(runs: &Path, plan: &str) -> Result<Self> {
+    ///
+    /// `files` are those that the plan names, by that name. They go beside it, so that the run can be run again; but not
+    /// what is named by a whole path or outside the plan's directory.
+    pub(crate) fn create(runs: &Path, plan: &str, files: &BTreeMap<PathBuf, PathBuf>) -> Result<Self> {
         fs::create_dir_all(runs).with_context(|| format!("make {}", runs.display()))?;
         let mut digits = 4;
         let (id, dir) = loop {
@@ -41,6 +46,17 @@ impl Store {
         write("plan.yaml", plan)?;
         let path = dir.join("events.jsonl");
         let events = File::create_new(&path).with_context(|| format!("make {}", path.display()))?;
+        let beside = |name: &Path| {
+            name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
+        };
+        for (name, file) in files.iter().filter(|(name, _)| beside(name)) {
+            let path = dir.join(name);
+            if !path.exists() {
+                fs::create_dir_all(path.parent().unwrap_or(&dir))
+                    .and_then(|()| fs::copy(file, &path))
+                    .with_context(|| format!("copy {} to {}", file.display(), path.display()))?;
+            }
+        }
         Ok(Self { id, dir, events })
     }
 
@@ -153,7 +169,7 @@ mod tests {
     #[test]
     fn events_come_back_and_half_a_line_does_no_harm() {
         let runs = tempfile::tempdir().expect("a directory");
-        let mut store = Store::create(runs.path(), "the plan").expect("created");
+        let mut store = Store::create(runs.path(), "the plan", &BTreeMap::new()).expect("created");
         store.add(&note("one")).expect("written");
         store.add(&note("two")).expect("written");
         store.events.write_all(b"{\"at\":3,\"event\":\"no").expect("written");
@@ -164,9 +180,27 @@ mod tests {
     }
 
     #[test]
+    fn what_the_plan_names_goes_beside_it_and_nothing_out_of_the_directory() {
+        let (plans, runs) =
+            (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+        let found = plans.path().join("found");
+        fs::write(&found, "1 2 3").expect("written");
+        let whole = runs.path().join("whole");
+        let files: BTreeMap<PathBuf, PathBuf> =
+            ["./a/my.dist", "plan.yaml", "../out", whole.to_str().expect("utf-8")]
+                .map(|name| (name.into(), found.clone()))
+                .into();
+        let store = Store::create(runs.path(), "the plan", &files).expect("created");
+        let dir = runs.path().join(&store.id);
+        assert_eq!(fs::read_to_string(dir.join("a/my.dist")).expect("copied"), "1 2 3");
+        assert_eq!(fs::read_to_string(dir.join("plan.yaml")).expect("there"), "the plan");
+        assert_eq!(fs::read_dir(runs.path()).expect("there").count(), 1, "something is outside");
+    }
+
+    #[test]
     fn an_event_that_is_none_is_an_error_with_its_line() {
         let runs = tempfile::tempdir().expect("a directory");
-        let mut store = Store::create(runs.path(), "").expect("created");
+        let mut store = Store::create(runs.path(), "", &BTreeMap::new()).expect("created");
         store.add(&note("one")).expect("written");
         store.events.write_all(b"{}\n").expect("written");
         let error = read(&runs.path().join(&store.id)).expect_err("no event");
@@ -177,7 +211,7 @@ mod tests {
     fn runs_never_share_a_directory_and_are_found_by_their_first_letters() {
         let runs = tempfile::tempdir().expect("a directory");
         let ids: std::collections::BTreeSet<String> =
-            (0..50).map(|_| Store::create(runs.path(), "").expect("created").id).collect();
+            (0..50).map(|_| Store::create(runs.path(), "", &BTreeMap::new()).expect("created").id).collect();
         assert_eq!(ids.len(), 50);
         for id in &ids {
             assert_eq!(find(runs.path(), id).expect("found"), runs.path().join(id));

@@ -108,6 +108,7 @@ impl Lab {
             gates: vec![],
             limits: plan::Limits::default(),
             on_fail: plan::OnFail::Block,
+            files: BTreeMap::new(),
         };
         let mut lab = Self { plan, events: vec![], seconds: (baseline, hold, recovery) };
         lab.start();

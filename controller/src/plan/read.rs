@@ -69,6 +69,7 @@ pub(super) fn plan(root: &At<'_>) -> Option<Plan> {
         gates: plan_gates,
         limits: limits?,
         on_fail: on_fail?,
+        files: BTreeMap::new(),
     })
 }
 
@@ -96,10 +97,10 @@ fn decision(at: &At<'_>) -> Option<OnFail> {
 fn limits(at: &At<'_>, names: &Names) -> Option<Limits> {
     let mut fields =
         at.fields("{ nodes: 50%, replicas: 50%, injections: 4, abort: { probe: …, errors: 20%, for: 3s } }")?;
-    let nodes = maybe(&mut fields, "nodes", |at| positive(at, share(at)?));
-    let zone = maybe(&mut fields, "zone", |at| positive(at, share(at)?));
-    let replicas = maybe(&mut fields, "replicas", |at| positive(at, share(at)?));
-    let pods = maybe(&mut fields, "pods", |at| positive(at, share(at)?));
+    let nodes = maybe(&mut fields, "nodes", |at| positive(at, share_of_all(at)?));
+    let zone = maybe(&mut fields, "zone", |at| positive(at, share_of_all(at)?));
+    let replicas = maybe(&mut fields, "replicas", |at| positive(at, share_of_all(at)?));
+    let pods = maybe(&mut fields, "pods", |at| positive(at, share_of_all(at)?));
     let injections = maybe(&mut fields, "injections", |at| match at.int("a number of injections")? {
         0 => at.refuse("no round could run", "give at least 1, or leave it out"),
         most => Some(most),
@@ -163,6 +164,17 @@ fn whole_seconds(at: &At<'_>) -> Option<Duration> {
 
 fn share(at: &At<'_>) -> Option<f64> {
     unit(at, "a percentage: 5%", units::share)
+}
+
+/// A share, where one may well think of a number.
+fn share_of_all(at: &At<'_>) -> Option<f64> {
+    unit(at, "a percentage: 50%", |text| match text.trim().parse::<u64>() {
+        Ok(_) => Err((
+            format!("`{text}` has no unit, and is no share"),
+            "write which share of all of them: 50%".into(),
+        )),
+        Err(_) => units::share(text),
+    })
 }
 
 fn positive(at: &At<'_>, value: f64) -> Option<f64> {

@@ -401,10 +401,10 @@ fn wrong_shares_and_replicas() {
      27 | limits: { zone: 0%, replicas: 2, pods: all }
         |                 ^^ give more than 0, or leave it out
 
-    plan.yaml:27:31: limits.replicas: `2` has no unit
+    plan.yaml:27:31: limits.replicas: `2` has no unit, and is no share
         |
      27 | limits: { zone: 0%, replicas: 2, pods: all }
-        |                               ^ write 2%
+        |                               ^ write which share of all of them: 50%
 
     plan.yaml:27:40: limits.pods: `all` is no percentage
         |

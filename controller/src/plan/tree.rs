@@ -5,6 +5,7 @@
 
 use std::{
     cell::RefCell,
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
 };
@@ -196,11 +197,12 @@ pub(super) struct Source<'a> {
     file: &'a Path,
     text: &'a str,
     problems: RefCell<Vec<Problem>>,
+    files: RefCell<BTreeMap<PathBuf, PathBuf>>,
 }
 
 impl<'a> Source<'a> {
     pub(super) fn new(file: &'a Path, text: &'a str) -> Self {
-        Self { file, text, problems: RefCell::default() }
+        Self { file, text, problems: RefCell::default(), files: RefCell::default() }
     }
 
     /// Parses the YAML. Only a text that is no YAML fails here.
@@ -226,6 +228,11 @@ impl<'a> Source<'a> {
 
     pub(super) fn has_problems(&self) -> bool {
         !self.problems.borrow().is_empty()
+    }
+
+    /// The files that the plan names and that were read: what it calls each, and where that is.
+    pub(super) fn files(&self) -> BTreeMap<PathBuf, PathBuf> {
+        self.files.borrow().clone()
     }
 
     /// Everything found so far.
@@ -312,9 +319,11 @@ impl<'a> At<'a> {
         }
     }
 
-    /// A path that starts at the directory of the plan.
+    /// Where a file is that the plan names: a path starts at the directory of the plan.
     pub(super) fn beside(&self, path: &str) -> PathBuf {
-        self.source.file.parent().unwrap_or(Path::new("")).join(path)
+        let found = self.source.file.parent().unwrap_or(Path::new("")).join(path);
+        self.source.files.borrow_mut().insert(path.into(), found.clone());
+        found
     }
 
     pub(super) fn json(&self) -> serde_json::Value {

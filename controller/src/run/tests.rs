@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use crate::{
     cli::ProgressMode,
@@ -33,7 +33,7 @@ struct Test {
 fn start(plan: &str, fakes: &[&Fake]) -> Test {
     let plan = plan::parse(Path::new("plan.yaml"), plan).expect("a plan");
     let runs = tempfile::tempdir().expect("a directory");
-    let store = Store::create(runs.path(), "").expect("a store");
+    let store = Store::create(runs.path(), "", &BTreeMap::new()).expect("a store");
     let (id, clock) = (store.id.clone(), Clock::start());
     let log = Arc::new(Log::new(clock, store, Progress::new(ProgressMode::None)));
     log.record(outline::run_started(&plan, &id, Timestamp::now(), 1));

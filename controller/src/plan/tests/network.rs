@@ -399,6 +399,7 @@ fn a_table_is_read_beside_the_plan() {
     assert_eq!(delay.distribution(), v1::Distribution::Table);
     assert_eq!(delay.table, [-32768, -8192, 0, 8192, 32767]);
     assert_eq!(fault.summary, "network shop ↔ everyone: delay 2s ±1s by table");
+    assert_eq!(plan.files.keys().collect::<Vec<_>>(), [Path::new("tables/my.dist")]);
     assert_eq!(with_table(&"1 ".repeat(16384)).map(|_| ()), Ok(()));
 }
 
