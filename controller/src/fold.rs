@@ -92,6 +92,8 @@ pub struct Injected {
     pub injection: Injection,
     /// Whether it touched its target.
     pub bit: bool,
+    /// For how many seconds there was no agent to hold it.
+    pub away: f64,
     /// Its last figures.
     pub figures: Vec<Figure>,
     /// When it was taken back, how many seconds that took, and why it ended.
@@ -166,6 +168,9 @@ impl Run {
             }
             What::Resumed { id, node, agent, gap } => {
                 self.notes.push((at, resumed(&id, &node, &agent, gap)));
+                if let Some(injected) = self.injected(&id, &node) {
+                    injected.away += gap;
+                }
             }
             What::Reverted { id, node, took, reason } => {
                 if let Some(injected) = self.injected(&id, &node) {
@@ -226,6 +231,6 @@ impl Probe {
 
 impl Injected {
     fn new(round: Option<usize>, at: f64, injection: Injection) -> Self {
-        Self { round, at, injection, bit: false, figures: vec![], reverted: None, stuck: None }
+        Self { round, at, injection, bit: false, away: 0.0, figures: vec![], reverted: None, stuck: None }
     }
 }

@@ -383,6 +383,36 @@ async fn a_killed_agents_fault_ends_and_the_next_start_cleans_up() -> Result<()>
     Ok(())
 }
 
+/// They would be in the cables of a network of that length.
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_under_way_when_a_fault_ends_arrive() -> Result<()> {
+    const PACKETS: u32 = 200;
+    let mut bench = Bench::new("under-way").await?;
+    for direction in [Direction::Egress, Direction::Ingress] {
+        let injection = bench.inject(delay(2000, direction, vec![])).await?;
+        let probe = Probe {
+            packets: PACKETS,
+            gap: Duration::from_millis(1),
+            patience: Duration::from_secs(3),
+            ..Probe::default()
+        };
+        let Lab { near, far, .. } = &bench.lab;
+        let flight = match direction {
+            Direction::Egress => probe.start(near, far, Lab::FAR)?,
+            _ => probe.start(far, near, Lab::NEAR)?,
+        };
+        while !flight.is_sent() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let ended = bench.revert(&injection.id).await?;
+        let seen = flight.finish()?;
+        let delayed = figure(Some(&ended), "delayed");
+        ensure!(delayed >= u64::from(PACKETS), "{delayed} delayed: {ended:?}");
+        ensure!(seen.losses() == 0, "{} of {PACKETS} lost: {ended:?}", seen.losses());
+    }
+    bench.is_restored()
+}
+
 /// A fault must not become a cut-off because the agent is stuck.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {

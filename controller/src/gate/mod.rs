@@ -132,6 +132,11 @@ fn judge(scope: &Scope<'_>, gates: &[Gate]) -> Vec<Finding> {
             Gate::Oom { target, limit } => oom::judge(scope, target, *limit),
             Gate::Recovery { probe, within } => recovery::judge(scope, probe, *within),
         };
+        if finding.outcome == Outcome::Pass
+            && let Some(away) = scope.away()
+        {
+            (finding.outcome, finding.reason) = (Outcome::Inconclusive, away);
+        }
         // Two gates may differ in nothing but the limit; names are unique all the same.
         let count = seen.entry(finding.name.clone()).or_default();
         *count += 1;
@@ -173,6 +178,9 @@ impl Span {
 
 /// By how much a sample may miss the edge of a phase and still count as taken at that edge, seconds.
 const SLACK: f64 = 0.05;
+
+/// Share of the time of a fault for which its agent may be away.
+const MOST_AWAY: f64 = 0.1;
 
 /// Share of samples that may be missing.
 const MAX_MISSING: f64 = 0.05;
@@ -257,6 +265,20 @@ impl<'a> Scope<'a> {
             let idle = self.injections(round).find(|i| !i.bit)?;
             let Injected { injection: i, .. } = idle;
             Some(format!("the {} fault on {} never touched it: {}", i.kind, i.resolved, i.summary))
+        })
+    }
+
+    /// Which fault was not there for too much of its time, if one was not.
+    fn away(&self) -> Option<String> {
+        self.rounds.iter().find_map(|&round| {
+            let hold = self.plan.rounds.get(round)?.hold.as_secs_f64();
+            let Injected { injection: i, away, .. } =
+                self.injections(round).find(|i| i.away > MOST_AWAY * hold)?;
+            let (away, hold) = (time(*away), time(hold));
+            Some(format!(
+                "the {} fault on {} was away for {away} of its {hold}, while its agent was replaced",
+                i.kind, i.resolved
+            ))
         })
     }
 

@@ -254,6 +254,17 @@ impl Lab {
         })
     }
 
+    /// A fault whose agent is replaced, in a time without it.
+    pub(super) fn away(mut self, gap: f64) -> Self {
+        let injected = self.events.iter().find_map(|e| match &e.what {
+            What::Injected { injection, .. } => Some((e.at, injection.id.clone(), injection.node.clone())),
+            _ => None,
+        });
+        let (at, id, node) = injected.expect("an injection");
+        self.push(at + gap, What::Resumed { id, node, agent: "9.9.9".into(), gap });
+        self
+    }
+
     pub(super) fn run(&self) -> Run {
         let mut events: Vec<_> = self.events.iter().collect();
         events.sort_by(|a, b| a.at.total_cmp(&b.at));

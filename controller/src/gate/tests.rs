@@ -84,6 +84,19 @@ fn a_fault_that_never_bit_passes_nothing() {
 }
 
 #[test]
+fn a_fault_that_was_away_for_long_passes_nothing() {
+    for gate in gates().into_iter().filter(|g| *g != Gate::Leak { probe: "threads".into(), limit: 60.0 }) {
+        assert_eq!(healthy(1).away(5.0).judge(gate.clone()).outcome, Outcome::Pass);
+        let finding = healthy(1).away(7.0).judge(gate);
+        assert_eq!(finding.outcome, Outcome::Inconclusive, "{finding:#?}");
+        assert!(finding.reason.contains("was away for 7s of its 60s"), "{finding:#?}");
+    }
+    let failing = Lab::new(1, 30, 60, 30)
+        .load(|phase, _| Some(if phase == Phase::Fault { Second::failed(150) } else { Second::fine() }));
+    assert_eq!(failing.away(7.0).judge(errors(0.01)).outcome, Outcome::Fail, "what is seen to fail fails");
+}
+
+#[test]
 fn a_bad_baseline_decides_nothing() {
     for gate in [latency(0.8), errors(0.01), recovery(5.0)] {
         let finding = Lab::new(1, 30, 60, 30).load(|_, _| Some(Second::failed(150))).judge(gate);
