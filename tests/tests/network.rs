@@ -406,8 +406,8 @@ async fn packets_under_way_when_a_fault_ends_arrive() -> Result<()> {
         }
         let ended = bench.revert(&injection.id).await?;
         let seen = flight.finish()?;
-        let delayed = figure(Some(&ended), "delayed");
-        ensure!(delayed >= u64::from(PACKETS), "{delayed} delayed: {ended:?}");
+        let delayed = figure(&ended, "delayed");
+        ensure!(delayed >= f64::from(PACKETS), "{delayed} delayed: {ended:?}");
         ensure!(seen.losses() == 0, "{} of {PACKETS} lost: {ended:?}", seen.losses());
     }
     bench.is_restored()

@@ -797,7 +797,13 @@ impl Port {
                 drop(taps);
                 if let Some(line) = line {
                     crash::step("port.close.drain")?;
-                    drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
+                    let left = drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
+                    if left > 0 {
+                        tracing::warn!(
+                            "{left} packets of {} that were to be later still are lost",
+                            interface.name
+                        );
+                    }
                 }
                 crash::point("port.close.programs");
                 programs.detach();
@@ -865,13 +871,16 @@ fn scratch() -> Result<Port> {
     Port::open(support, netns, lo, false)
 }
 
-/// Waits until a line is empty, or as long as it may hold a packet.
-fn drain(netlink: &mut Netlink, line: Line, longest: Duration) -> Result<()> {
+/// Waits until a line is empty, or as long as it may hold a packet; says how many packets are still in it.
+fn drain(netlink: &mut Netlink, line: Line, longest: Duration) -> Result<u32> {
     let end = Instant::now() + longest;
-    while Instant::now() < end && line.packets(netlink)? > 0 {
+    loop {
+        let left = line.packets(netlink)?;
+        if left == 0 || Instant::now() >= end {
+            return Ok(left);
+        }
         thread::sleep(Duration::from_millis(5));
     }
-    Ok(())
 }
 
 /// A number that nobody can guess, from the seed that the standard library draws for its hash tables.
