@@ -43,8 +43,9 @@ use super::{
 };
 use crate::{crash, fault::Window, frame::Dns, time::BootTime};
 
-/// How long a port waits for packets on their way before it takes the way from them, which is how long a revert takes at most.
-const LONGEST_DRAIN: Duration = Duration::from_secs(5);
+/// How long a port waits for packets on their way before it takes the way from them. Whoever waits for the port, which are another
+/// injection and the next agent, has a lease of a run to lose, which is 5 s.
+const LONGEST_DRAIN: Duration = Duration::from_millis(2500);
 const LOOPBACK: u32 = 1;
 
 /// By how much even the most punctual packets of the rule before were late behind a TAP queue, and behind a line, in nanoseconds; 0: not
