@@ -37,6 +37,7 @@ impl Sampler {
         let mut sample = v1::TargetSample {
             boot_ns: BootTime::now().0,
             generation: generation(&processes),
+            fds_known: true,
             ..v1::TargetSample::default()
         };
         let ticks = procfs::ticks_per_second() as f64;
@@ -46,7 +47,11 @@ impl Sampler {
             sample.threads += stat.num_threads.unsigned_abs();
             sample.rss_bytes += proc::resident(process.pid).unwrap_or(0);
             sample.cpu_seconds += (stat.utime + stat.stime) as f64 / ticks;
-            sample.fds += proc::descriptors(process.pid).unwrap_or(0);
+            match proc::descriptors(process.pid) {
+                Some(count) => sample.fds += count,
+                // A process that has ended has none.
+                None => sample.fds_known &= proc::stat(process.pid).is_none(),
+            }
         }
         self.sample_cgroups(&processes, &mut sample);
         sample
@@ -123,7 +128,7 @@ mod tests {
         child.wait().expect("waited");
         let gone = sampler.sample();
         assert_eq!((alive.processes, alive.threads), (1, 1));
-        assert!(alive.rss_bytes > 0 && alive.fds >= 3, "{alive:?}");
+        assert!(alive.rss_bytes > 0 && alive.fds >= 3 && alive.fds_known, "{alive:?}");
         assert_eq!((gone.processes, gone.threads, gone.rss_bytes), (0, 0, 0));
         assert_ne!(alive.generation, gone.generation);
         assert!(gone.boot_ns > alive.boot_ns);

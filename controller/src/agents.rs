@@ -526,11 +526,11 @@ impl Agents {
                 Err(e) => anyhow!(Unreachable(format!("{e:#}"))),
             })?;
             if let Some(same) = list.iter().find(|a| a.node == agent.node) {
-                bail!(
-                    "{} and {address} are both agents of node {}; name one of them",
-                    same.address,
-                    agent.node
-                );
+                let (first, node) = (&same.address, &agent.node);
+                return Err(Wrong(format!(
+                    "{first} and {address} are both agents of node {node}; name one of them"
+                ))
+                .into());
             }
             list.push(agent);
         }

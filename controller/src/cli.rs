@@ -303,6 +303,10 @@ impl Inject {
                 Ok((cpu.proto(), cpu.summary(&on)))
             }
             Self::Memory(args) => {
+                if args.ramp >= what.duration {
+                    let fix = "give a shorter --ramp, or a longer --for".to_owned();
+                    return Err(("the ramp is as long as the fault: so much is never held".to_owned(), fix));
+                }
                 let memory = Memory { size: args.size, ramp: args.ramp };
                 Ok((memory.proto(), memory.summary(&on)))
             }

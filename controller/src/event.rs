@@ -117,6 +117,9 @@ pub enum What {
         probe: String,
         /// The value; for a counter its increase per second since the sample before.
         value: f64,
+        /// Whether it is such a rate.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        rate: bool,
     },
     /// One sample of a histogram: what was added to each bucket since the sample before.
     Buckets {
@@ -322,7 +325,8 @@ pub struct TargetSample {
     /// Their threads.
     pub threads: u64,
     /// Their open file descriptors.
-    pub fds: u64,
+    #[serde(default)]
+    pub fds: Option<u64>,
     /// Their resident memory, bytes.
     pub rss: u64,
     /// CPU seconds they used since they started.

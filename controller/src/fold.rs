@@ -73,6 +73,8 @@ pub struct Probe {
     pub bins: Vec<LoadBin>,
     /// Samples of a gauge: time, value.
     pub values: Vec<(f64, f64)>,
+    /// Whether the values are the rates of a counter.
+    pub rate: bool,
     /// Samples of a histogram: time, buckets.
     pub buckets: Vec<(f64, Buckets)>,
     /// Failed samples: time, why.
@@ -184,7 +186,10 @@ impl Run {
                 }
             }
             What::Load { probe, bin } => self.with_probe(&probe, |p| p.bins.push(bin)),
-            What::Gauge { probe, value } => self.with_probe(&probe, |p| p.values.push((at, value))),
+            What::Gauge { probe, value, rate } => self.with_probe(&probe, |p| {
+                p.values.push((at, value));
+                p.rate |= rate;
+            }),
             What::Buckets { probe, buckets } => self.with_probe(&probe, |p| p.buckets.push((at, buckets))),
             What::ProbeFailed { probe, error } => self.with_probe(&probe, |p| p.failures.push((at, error))),
             What::ProbeReset { probe, reason } => self.with_probe(&probe, |p| p.resets.push((at, reason))),
@@ -225,7 +230,15 @@ impl Round {
 
 impl Probe {
     fn announced(outline: ProbeOutline) -> Self {
-        Self { outline, bins: vec![], values: vec![], buckets: vec![], failures: vec![], resets: vec![] }
+        Self {
+            outline,
+            bins: vec![],
+            values: vec![],
+            rate: false,
+            buckets: vec![],
+            failures: vec![],
+            resets: vec![],
+        }
     }
 }
 

@@ -72,7 +72,13 @@ impl Gauges {
             for (probe, _, measure) in self.probes.iter().filter(|(_, of, _)| of == target) {
                 let values: Option<Vec<f64>> = nodes.values().map(|n| value(n, *measure)).collect();
                 if let Some(values) = values {
-                    events.push(What::Gauge { probe: probe.clone(), value: values.iter().sum() });
+                    let value = values.iter().sum();
+                    events.push(What::Gauge { probe: probe.clone(), value, rate: false });
+                } else if *measure == Measure::Fds {
+                    let error = format!(
+                        "the agent may not count the open files of `{target}`: give it CAP_DAC_READ_SEARCH"
+                    );
+                    events.push(What::ProbeFailed { probe: probe.clone(), error });
                 }
             }
             for node in nodes.values_mut() {
@@ -93,7 +99,7 @@ fn value(node: &Node, measure: Measure) -> Option<f64> {
     let sample = node.last.as_ref()?;
     match measure {
         Measure::Threads => Some(sample.threads as f64),
-        Measure::Fds => Some(sample.fds as f64),
+        Measure::Fds => sample.fds_known.then_some(sample.fds as f64),
         Measure::Rss => Some(sample.rss_bytes as f64),
         Measure::Cpu => node.cpus,
     }
@@ -103,7 +109,7 @@ fn as_event(sample: &v1::TargetSample) -> TargetSample {
     TargetSample {
         processes: sample.processes,
         threads: sample.threads,
-        fds: sample.fds,
+        fds: sample.fds_known.then_some(sample.fds),
         rss: sample.rss_bytes,
         cpu: sample.cpu_seconds,
         oom_kills: sample.oom_known.then_some(sample.oom_kills),
@@ -162,6 +168,15 @@ mod tests {
         let events = gauges.take("web", "a", &replaced);
         assert_eq!(values(&events), Vec::<f64>::new());
         assert!(events.iter().any(|e| matches!(e, What::ProbeReset { .. })), "{events:?}");
+    }
+
+    #[test]
+    fn files_that_may_not_be_counted_are_a_failed_sample() {
+        let mut gauges = gauges(Measure::Fds, &["a"]);
+        let known = v1::TargetSample { fds: 7, fds_known: true, ..sample(1, 1, 0.0) };
+        assert_eq!(values(&gauges.take("web", "a", &known)), [7.0]);
+        let events = gauges.take("web", "a", &v1::TargetSample { fds: 3, ..sample(2, 1, 0.0) });
+        assert!(matches!(&events[..], [_, What::ProbeFailed { .. }]), "{events:?}");
     }
 
     #[test]

@@ -112,8 +112,17 @@ async fn on_agents(
     let failed: Vec<String> =
         fired.iter().filter(|(_, i)| i.state() != State::Active).map(|(_, i)| i.reason.clone()).collect();
     if !failed.is_empty() {
-        held.revert(agents).await;
-        anyhow::bail!("{}; everything was reverted", failed.join("; "));
+        let taken = held.revert(agents).await;
+        let over = |i: &&(usize, v1::Injection)| matches!(i.1.state(), State::Reverted | State::Failed);
+        let left = held.len() - taken.injections.iter().filter(over).count().min(held.len());
+        let after = match left {
+            0 => "everything was reverted".to_owned(),
+            _ => format!(
+                "{left} of {} could not be reverted; `squall status` shows them, and their agents go on trying",
+                held.len()
+            ),
+        };
+        anyhow::bail!("{}; {after}", failed.join("; "));
     }
     if detach {
         return Ok(exit::OK);

@@ -73,14 +73,22 @@ fn main() -> ExitCode {
             wrong::exit_code(&e)
         })
     });
-    code.unwrap_or_else(|_| {
-        let _ = writeln!(
-            std::io::stderr(),
-            "squall: this is a bug in squall; what was injected ends by its lease"
-        );
-        exit::OURS
-    })
+    match code {
+        Ok(code) if !panicked() => code,
+        _ => {
+            let _ = writeln!(
+                std::io::stderr(),
+                "squall: this is a bug in squall; what was injected ends by its lease"
+            );
+            exit::OURS
+        }
+    }
     .into()
+}
+
+/// Whether anything in this process panicked: what it would say after that is not to be relied on.
+fn panicked() -> bool {
+    PANICKED.load(Ordering::SeqCst)
 }
 
 fn command(cli: &Cli) -> Result<u8> {

@@ -23,6 +23,7 @@ use crate::{
     gate,
     log::Log,
     plan::{Abort, Beyond, Blame, Plan, Probe},
+    probe::Open,
     signals::{Asked, asked},
 };
 
@@ -44,6 +45,8 @@ pub(crate) struct Context {
     /// Id of the run; ids of its injections start with it.
     pub run: String,
     pub seed: u64,
+    /// What load probes have not told of yet.
+    pub open: Open,
     /// Where background work reports what ends the run.
     pub trouble: mpsc::UnboundedSender<Stopped>,
 }
@@ -113,7 +116,7 @@ struct Tracked {
     held: Held,
     /// What was fired: agent and id.
     fired: BTreeSet<(usize, String)>,
-    /// What ended too early, and why.
+    /// What ended too early or hurt too few, and why.
     early: Vec<String>,
     /// Since when we take things back.
     reverting: Option<f64>,
@@ -166,6 +169,9 @@ impl Tracker {
                 context.log.record_at(now, What::Reverted { id, node, took, reason });
             }
             State::Stuck if tracked.stuck.get(&key) != Some(&reason) => {
+                if tracked.reverting.is_none() {
+                    tracked.early.push(format!("{id} on {node} ended before the round did: {reason}"));
+                }
                 tracked.stuck.insert(key, reason.clone());
                 context.log.record(What::Stuck { id, node, reason });
             }
@@ -174,18 +180,20 @@ impl Tracker {
     }
 }
 
-/// Runs a round up to the end of its recovery. Whatever happens, what it injected is taken back.
+/// Runs a round up to the end of its recovery. Whatever happens, what it injected is taken back. `there`: how many injections
+/// each of its faults would have been when the run began.
 ///
-/// Gives what ended too early, in words: a round whose fault was not held to the end proves nothing good.
+/// Gives what ended too early or hurt fewer than that, in words: such a round proves nothing good.
 pub(crate) async fn run(
     context: &Arc<Context>,
     guard: &mut Guard,
     round: usize,
+    there: &[usize],
 ) -> Result<Vec<String>, Stopped> {
     let tracker = Arc::new(Tracker::default());
     // Dropped on every way out, which ends what runs beside.
     let mut beside = JoinSet::new();
-    let ended = phases(context, guard, round, &tracker, &mut beside).await;
+    let ended = phases(context, guard, (round, there), &tracker, &mut beside).await;
     if ended.is_err() {
         tokio::select! {
             // What cannot be taken back is on record; the reason for stopping stays the first one.
@@ -215,7 +223,7 @@ fn leases(context: &Context, tracker: &Tracker) -> String {
 async fn phases(
     context: &Arc<Context>,
     guard: &mut Guard,
-    round: usize,
+    (round, there): (usize, &[usize]),
     tracker: &Arc<Tracker>,
     beside: &mut JoinSet<()>,
 ) -> Result<(), Stopped> {
@@ -230,7 +238,7 @@ async fn phases(
 
     let mut fault_at = start + plan.baseline.as_secs_f64();
     guard.during(clock.wait_until((fault_at - ARM_AHEAD).max(start))).await?;
-    let on = guard.during(arm(context, round, tracker)).await??;
+    let on = guard.during(arm(context, round, there, tracker)).await??;
     // Where arming took longer than the baseline had left, the baseline is longer.
     fault_at = fault_at.max(clock.next_second());
     guard.during(clock.wait_until(fault_at)).await?;
@@ -252,7 +260,8 @@ async fn phases(
 /// Ends the run where users see more than the plan allows.
 async fn obey(context: Arc<Context>, abort: Abort, start: f64) {
     loop {
-        if let Some(why) = context.log.with(|run| abort.reached(run, start)) {
+        let (open, now) = (context.open.of(&abort.probe), context.clock.now());
+        if let Some(why) = context.log.with(|run| abort.reached(run, &open, start, now)) {
             // Nobody listens any more once the run has ended.
             let _ = context.trouble.send(Stopped::Limit(why));
             return;
@@ -261,10 +270,12 @@ async fn obey(context: Arc<Context>, abort: Abort, start: f64) {
     }
 }
 
-/// Arms every fault of the round. Gives the target's name for each injection.
+/// Arms every fault of the round. Gives the target's name for each injection. `there`: how many injections each would have been
+/// when the run began.
 async fn arm(
     context: &Context,
     round: usize,
+    there: &[usize],
     tracker: &Tracker,
 ) -> Result<BTreeMap<(usize, String), String>, Stopped> {
     let orders = check::orders(&context.plan, round, &context.run, context.seed).map_err(Stopped::Ours)?;
@@ -275,10 +286,16 @@ async fn arm(
         NotArmed::Wrong(why) => Stopped::Undecidable(format!("round {name} could not be made: {why}")),
         NotArmed::Call(e) => e.into(),
     };
-    for mut order in orders {
+    for (mut order, there) in orders.into_iter().zip(there) {
         order.choose(&context.agents).await.map_err(not_armed)?;
         let armed = order.arm(&context.agents, false).await.map_err(not_armed)?;
         tracker.lock().held.add(&armed);
+        if armed.len() < *there {
+            let (summary, now) = (&order.summary, armed.len());
+            let text = format!("{summary}: {now} of the {there} that were there when the run began are left");
+            context.log.note(&text);
+            tracker.lock().early.push(text);
+        }
         if let Some(choice) = &order.choice {
             let names =
                 armed.iter().map(|(agent, i)| format!("{}  {}", context.agents[*agent].node, resolved(i)));

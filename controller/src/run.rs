@@ -23,6 +23,7 @@ use crate::{
     clock::Clock,
     commands::{err, out, print_json},
     event::{Finding, Node, Verdict, What},
+    faults::Armed,
     fold::Run,
     gate,
     gauges::Gauges,
@@ -71,8 +72,16 @@ pub(crate) async fn run(
     let (ended, agents) = match connected {
         Ok(agents) => {
             let list = agents.list.clone();
-            let context =
-                Context { plan, agents: list, log: Arc::clone(&log), clock, run: id, seed, trouble };
+            let context = Context {
+                plan,
+                agents: list,
+                log: Arc::clone(&log),
+                clock,
+                run: id,
+                seed,
+                open: probe::Open::default(),
+                trouble,
+            };
             (rounds(Arc::new(context), &mut guard).await, Some(agents))
         }
         Err(stopped) => (Err(stopped), None),
@@ -199,6 +208,10 @@ async fn rounds(context: Arc<Context>, guard: &mut Guard) -> Ended {
     if !problems.is_empty() {
         return Err(Stopped::Wrong(problems));
     }
+    let of_round = |faults: &Vec<(_, Result<Armed, _>)>| {
+        faults.iter().map(|(_, armed)| armed.as_ref().map_or(0, Armed::len)).collect()
+    };
+    let there: Vec<Vec<usize>> = checked.faults.iter().map(of_round).collect();
     let mut beside = JoinSet::new();
     sample(&context, &checked, &mut beside);
     probe(&context, &mut beside);
@@ -206,25 +219,31 @@ async fn rounds(context: Arc<Context>, guard: &mut Guard) -> Ended {
         guard.during(sleep(WARM_UP)).await?;
     }
 
+    let tested = gate::tested(plan);
     let mut findings: Vec<Finding> = Vec::new();
     let mut held = Ok(());
-    for index in 0..plan.rounds.len() {
-        let early = round::run(&context, guard, index).await?;
+    for (index, there) in there.iter().enumerate() {
+        let early = round::run(&context, guard, index, there).await?;
         if let Some(broken) = log.broken() {
             return Err(Stopped::Ours(anyhow::anyhow!(broken)));
+        }
+        if crate::panicked() {
+            return Err(Stopped::Ours(anyhow::anyhow!(
+                "a part of it panicked, so what it saw proves nothing"
+            )));
         }
         let found = log.with(|run| gate::judge_round(run, plan, index));
         for finding in &found {
             log.record(What::Judged { round: Some(index), finding: finding.clone() });
         }
         let bit = log.with(|run| all_bit(run, Some(index)));
-        let (verdict, _) = proven(gate::verdict(&found, plan.on_fail, bit), early.first());
+        let (verdict, _) = proven(gate::verdict(&found, tested, plan.on_fail, bit), early.first());
         log.record(What::RoundFinished { round: index, verdict });
         if held.is_ok() {
             held = early.into_iter().next().map_or(Ok(()), Err);
         }
         findings.extend(found);
-        let (so_far, _) = gate::verdict(&findings, plan.on_fail, true);
+        let (so_far, _) = gate::verdict(&findings, tested, plan.on_fail, true);
         if matches!(so_far, Verdict::Block | Verdict::Rollback) {
             break;
         }
@@ -235,7 +254,7 @@ async fn rounds(context: Arc<Context>, guard: &mut Guard) -> Ended {
     }
     findings.extend(found);
     let bit = log.with(|run| all_bit(run, None));
-    Ok(proven(gate::verdict(&findings, plan.on_fail, bit), held.err().as_ref()))
+    Ok(proven(gate::verdict(&findings, tested, plan.on_fail, bit), held.err().as_ref()))
 }
 
 /// A fault that was not held to the end of its time proves nothing good.
@@ -325,7 +344,8 @@ fn probe(context: &Arc<Context>, beside: &mut JoinSet<()>) {
         if let Probe::Agent { .. } = probe {
             continue;
         }
-        let mut running = AbortOnDrop(probe::start(name, probe, context.clock, tx.clone()));
+        let mut running =
+            AbortOnDrop(probe::start(name, probe, context.clock, tx.clone(), context.open.clone()));
         let (context, name) = (Arc::clone(context), name.clone());
         beside.spawn(async move {
             let error = match (&mut running.0).await {

@@ -400,9 +400,14 @@ impl Task {
                 },
                 () = sleep_until(deadline) => return "its time was up",
                 () = sleep_until(lease_ends) => return "its lease was not renewed",
-                _ = look.tick() => if !self.core.target.alive() {
-                    return "its target is gone";
-                },
+                _ = look.tick() => {
+                    if !self.core.target.alive() {
+                        return "its target is gone";
+                    }
+                    if let Some(why) = held.ended() {
+                        return why;
+                    }
+                }
             }
         }
     }

@@ -204,6 +204,10 @@ impl Fault for CpuFault {
         Ok(v1::Effect { bit: held.bit, figures, ..v1::Effect::default() })
     }
 
+    fn ended(held: &mut Held) -> Option<&'static str> {
+        held.stressor.ended()
+    }
+
     async fn revert(undo: &Undo) -> Result<()> {
         end_all(&undo.injection).await
     }

@@ -41,7 +41,7 @@ const HOW: &str = "resident mapping";
 /// This part of the node's memory is never taken.
 const SPARE: u64 = 50;
 /// Part of what was asked for that must be held for the fault to count as felt.
-const FELT: f64 = 0.1;
+const FELT: f64 = 0.5;
 
 /// Holds memory inside the target's cgroup.
 #[derive(Debug, Clone, PartialEq)]
@@ -304,6 +304,10 @@ impl Fault for MemoryFault {
             figures.push(figure("oom_kills", kills as f64, "count"));
         }
         Ok(v1::Effect { bit: held.bit, figures, ..v1::Effect::default() })
+    }
+
+    fn ended(held: &mut Held) -> Option<&'static str> {
+        held.stressor.ended()
     }
 
     async fn revert(undo: &Undo) -> Result<()> {

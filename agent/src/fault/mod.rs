@@ -81,6 +81,12 @@ pub trait Fault: Sized + Send + Sync + 'static {
     /// What it measurably did so far. Also called once more just before `revert`.
     fn effect(held: &mut Self::Held) -> impl Future<Output = Result<v1::Effect>> + Send;
 
+    /// Why it is over already, where it ended by itself. Asked again and again, so it must not wait. For faults whose means can
+    /// vanish: a stressor that the kernel killed burns nothing any more.
+    fn ended(_held: &mut Self::Held) -> Option<&'static str> {
+        None
+    }
+
     /// Puts the host back. The engine drops `Held` first.
     fn revert(undo: &Self::Undo) -> impl Future<Output = Result<()>> + Send;
 

@@ -171,6 +171,11 @@ impl AnyHeld {
     pub async fn effect(&mut self) -> Result<v1::Effect> {
         self.0.effect().await
     }
+
+    /// [`Fault::ended`].
+    pub fn ended(&mut self) -> Option<&'static str> {
+        self.0.ended()
+    }
 }
 
 trait Erased: Send + Sync {
@@ -239,6 +244,7 @@ trait ErasedHeld: Send {
     fn update<'a>(&'a mut self, fault: &'a AnyFault) -> BoxFuture<'a, Result<()>>;
     fn extend(&mut self, until: BootTime) -> BoxFuture<'_, Result<()>>;
     fn effect(&mut self) -> BoxFuture<'_, Result<v1::Effect>>;
+    fn ended(&mut self) -> Option<&'static str>;
 }
 
 struct HeldOf<F: Fault>(F::Held);
@@ -263,5 +269,9 @@ impl<F: Fault> ErasedHeld for HeldOf<F> {
 
     fn effect(&mut self) -> BoxFuture<'_, Result<v1::Effect>> {
         Box::pin(F::effect(&mut self.0))
+    }
+
+    fn ended(&mut self) -> Option<&'static str> {
+        F::ended(&mut self.0)
     }
 }

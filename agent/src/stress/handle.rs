@@ -94,6 +94,15 @@ impl Stressor {
         matches!(self.child.try_wait(), Ok(Some(status)) if status.signal() == Some(libc::SIGKILL))
     }
 
+    /// Why it is over, where it is: its time was up, or it was killed.
+    pub fn ended(&mut self) -> Option<&'static str> {
+        match self.child.try_wait() {
+            Ok(Some(status)) if status.signal() == Some(libc::SIGKILL) => Some("its stressor was killed"),
+            Ok(Some(_)) => Some("its stressor has ended"),
+            _ => None,
+        }
+    }
+
     fn how_it_ended(&mut self) -> String {
         match self.child.try_wait() {
             Ok(Some(status)) => format!(" ({status})"),

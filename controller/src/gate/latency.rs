@@ -110,6 +110,9 @@ fn interval(bins: &[&LoadBin], allowed: f64, limit: f64, outcome: Outcome) -> (O
 
 // ---- histogram -----------------------------------------------------------------------------------------------------
 
+/// Least share of the observations a second of the baseline that there must be while a fault is held.
+const FEWEST: f64 = 0.9;
+
 /// What was added to each bucket: upper bound (none is infinite) and count.
 type Buckets = Vec<(Option<f64>, u64)>;
 
@@ -135,7 +138,7 @@ fn of_histogram(
         fault: fault.iter().map(block).filter(|b| b.seen.1 > 0.0).collect(),
         baseline: baseline.iter().map(block).filter(|b| b.seen.1 > 0.0).collect(),
         doubts,
-        no_pass: Vec::new(),
+        no_pass: unseen(scope, probe).into_iter().collect(),
         noun: "observations",
         block: "scrape",
     };
@@ -162,10 +165,37 @@ fn of_histogram(
     finding
 }
 
+/// Why slow requests may be missing from a histogram, if they may: it has those alone that were answered, and one that hangs is
+/// not. So no fewer than before must have been, or nothing passes.
+fn unseen(scope: &Scope<'_>, probe: &Probe) -> Option<String> {
+    let pace = |phase| {
+        let spans = scope.spans(phase);
+        let inside = |pair: &&[(f64, Buckets)]| spans.iter().any(|span| covers(span, pair));
+        let (mut count, mut seconds) = (0, 0.0);
+        for pair in probe.buckets.windows(2).filter(inside) {
+            count += pair[1].1.iter().map(|(_, n)| n).sum::<u64>();
+            seconds += pair[1].0 - pair[0].0;
+        }
+        (seconds > 0.0).then_some(count as f64 / seconds)
+    };
+    let (before, now) = (pace(Phase::Baseline)?, pace(Phase::Fault)?);
+    (now < before * FEWEST).then(|| {
+        format!(
+            "{} observations a second were made, {} before the fault: what hangs is in no histogram; judge a load probe, or send \
+             as much as before",
+            super::trimmed(now, 1),
+            super::trimmed(before, 1)
+        )
+    })
+}
+
 /// The samples that cover nothing but a span: taken in it, as was the one before.
 fn within<'a>(probe: &'a Probe, span: &Span) -> Vec<(f64, &'a Buckets)> {
-    let inside = |pair: &[(f64, Buckets)]| pair[0].0 >= span.from - 1e-6 && pair[1].0 <= span.to + SLACK;
-    probe.buckets.windows(2).filter(|w| inside(w)).map(|w| (w[0].0, &w[1].1)).collect()
+    probe.buckets.windows(2).filter(|w| covers(span, w)).map(|w| (w[0].0, &w[1].1)).collect()
+}
+
+fn covers(span: &Span, pair: &[(f64, Buckets)]) -> bool {
+    pair[0].0 >= span.from - 1e-6 && pair[1].0 <= span.to + SLACK
 }
 
 /// Splits a sample at the limit. What lies in the bucket around it is in doubt.

@@ -53,6 +53,12 @@ pub(super) fn judge(scope: &Scope<'_>, probe: &str, limit: f64) -> Finding {
         finding.reason = format!("there are no samples{why}");
         return finding;
     }
+    if seen.rate {
+        // As fast as ever is what a counter of leaks says, too.
+        finding.reason =
+            format!("{probe} is a counter, whose rate says nothing of what is kept: watch a gauge");
+        return finding;
+    }
     let stretches = quiet(scope, &samples);
     // From the baseline on to the end of the fault, which is before what is in flight drains.
     let held = scope.rounds.iter().filter_map(|r| {

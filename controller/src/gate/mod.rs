@@ -49,13 +49,15 @@ pub fn judge_run(run: &Run, plan: &Plan) -> Vec<Finding> {
 
 /// What all findings say together, and why.
 ///
-/// Blocking is corrected for the number of gates that could have blocked (Holm, at 1 % for all of them), so that a
-/// failure which only luck explains is taken as inconclusive here. Failures without a p-value need no correction.
-/// `faults_bit`: every fault measurably touched its target.
+/// Blocking is corrected for the number of gates that can block (Holm, at 1 % for all of them), so that a failure which only
+/// luck explains is taken as inconclusive here. Failures without a p-value need no correction. That number is of all gates
+/// of the plan, `planned`, also those that were not judged yet: a run looks at its findings after each round, and each look
+/// for itself would be at 1 %. `faults_bit`: every fault measurably touched its target.
 #[must_use]
-pub fn verdict(findings: &[Finding], on_fail: OnFail, faults_bit: bool) -> (Verdict, String) {
+pub fn verdict(findings: &[Finding], planned: usize, on_fail: OnFail, faults_bit: bool) -> (Verdict, String) {
     let tested: Vec<_> = findings.iter().filter_map(|f| f.p.map(|p| (f, p))).collect();
-    let p: Vec<f64> = tested.iter().map(|(_, p)| *p).collect();
+    let mut p: Vec<f64> = tested.iter().map(|(_, p)| *p).collect();
+    p.resize(p.len().max(planned), 1.0);
     let rejected = stats::holm(&p, stats::ALPHA_BLOCK);
     let confirmed = |finding: &&Finding| {
         let at = tested.iter().position(|(f, _)| std::ptr::eq(*f, *finding));
@@ -90,6 +92,15 @@ pub fn verdict(findings: &[Finding], on_fail: OnFail, faults_bit: bool) -> (Verd
         return (Verdict::Inconclusive, "a fault never touched its target, so nothing is proven".into());
     }
     (Verdict::Promote, format!("all {} passed and every fault bit", counted(findings.len(), "gate")))
+}
+
+/// The gates of a plan whose findings may have a p-value.
+#[must_use]
+pub fn tested(plan: &Plan) -> usize {
+    let gates = plan.rounds.iter().flat_map(|round| &round.gates).chain(&plan.gates);
+    gates
+        .filter(|gate| matches!(gate, Gate::Latency { .. } | Gate::Errors { .. } | Gate::Leak { .. }))
+        .count()
 }
 
 /// Whether the steady state holds again after the fault of a round, so that its recovery may end early. Looks at the

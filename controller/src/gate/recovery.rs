@@ -20,7 +20,7 @@ const ALPHA_BIN: f64 = 0.05;
 /// Share of the baseline's seconds that must look good, or the measure does not fit the service.
 const GOOD_BASELINE: f64 = 0.8;
 
-/// Share of requests that may fail in a steady state, whatever the baseline shows.
+/// Share of requests that may fail in a steady state, whatever the baseline shows or a gate allows.
 const MOST_ERRORS: f64 = 0.05;
 
 /// Judges whether the steady state holds again within so many seconds; over the whole run, in every round.
@@ -224,7 +224,8 @@ impl Good {
         }
         let failed: u64 = bins.iter().map(|b| failed(b)).sum();
         let seen = stats::clopper_pearson_upper(failed as f64, due as f64, ALPHA_BIN);
-        let errors = errors.unwrap_or(seen.min(MOST_ERRORS));
+        // What may fail under a fault is no measure of a service that is well.
+        let errors = errors.unwrap_or(seen).min(MOST_ERRORS);
         Some(Self { latency, errors })
     }
 

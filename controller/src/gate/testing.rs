@@ -210,7 +210,7 @@ impl Lab {
         for at in 0..=self.end() as u64 {
             let at = at as f64 + 0.004;
             let what = match value(at) {
-                Some(value) => What::Gauge { probe: GAUGE.into(), value },
+                Some(value) => What::Gauge { probe: GAUGE.into(), value, rate: false },
                 None => What::ProbeFailed { probe: GAUGE.into(), error: "connection refused".into() },
             };
             self.push(at, what);

@@ -231,6 +231,18 @@ fn over_the_run_the_faults_of_all_rounds_are_judged() {
     assert_eq!(finding.name, "latency[shoppers p95]");
 }
 
+#[test]
+fn the_rate_of_a_counter_is_no_leak_and_no_proof_of_none() {
+    let lab = healthy(3).with(|e| {
+        if let What::Gauge { rate, .. } = &mut e.what {
+            *rate = true;
+        }
+    });
+    let finding = { lab }.judge_run(Gate::Leak { probe: GAUGE.into(), limit: 60.0 });
+    assert_eq!(finding.outcome, Outcome::Inconclusive, "{finding:#?}");
+    assert!(finding.reason.contains("is a counter"), "{}", finding.reason);
+}
+
 // ---- histograms ----------------------------------------------------------------------------------------------------
 
 fn histogram(limit: f64) -> Gate {
@@ -421,6 +433,16 @@ fn recovery_is_measured_against_the_baseline_where_no_gate_limits_it() {
 }
 
 #[test]
+fn what_may_fail_under_a_fault_is_no_recovery() {
+    // A third fails for ever, and two fifths may while the fault is held.
+    let after = |phase, _| Some(if phase == Phase::Recovery { Second::failed(66) } else { Second::fine() });
+    let mut lab = Lab::new(1, 30, 60, 30).load(after);
+    lab.plan.rounds[0].gates = vec![errors(0.4), recovery(10.0)];
+    let findings = judge_round(&lab.run(), &lab.plan, 0);
+    assert_eq!((findings[0].outcome, findings[1].outcome), (Outcome::Pass, Outcome::Fail), "{findings:#?}");
+}
+
+#[test]
 fn over_the_run_the_worst_recovery_speaks() {
     let mut lab = Lab::new(3, 30, 60, 30);
     let (_, _, second, _) = lab.times(1);
@@ -433,6 +455,18 @@ fn over_the_run_the_worst_recovery_speaks() {
     let finding = lab.judge_run(recovery(10.0));
     assert_eq!(finding.outcome, Outcome::Fail);
     assert!(finding.reason.contains("round-1"), "{}", finding.reason);
+}
+
+#[test]
+fn a_histogram_does_not_pass_without_those_that_hang() {
+    let seen = |during| {
+        let all = move |phase| buckets(if phase == Phase::Fault { during } else { 200 }, 0, 0, 0);
+        Lab::new(1, 30, 60, 30).histogram(all).judge(histogram(0.8))
+    };
+    assert_eq!(seen(190).outcome, Outcome::Pass);
+    let finding = seen(100);
+    assert_eq!(finding.outcome, Outcome::Inconclusive, "{finding:#?}");
+    assert!(finding.reason.contains("100 observations a second"), "{}", finding.reason);
 }
 
 // ---- the verdict ---------------------------------------------------------------------------------------------------
@@ -455,12 +489,24 @@ fn found(outcome: Outcome, p: Option<f64>) -> Finding {
 #[case::one_of_two(vec![found(Outcome::Fail, Some(0.008)), found(Outcome::Pass, Some(0.9))], true, Verdict::Inconclusive)]
 #[case::fails_though_idle(vec![found(Outcome::Fail, None)], false, Verdict::Block)]
 fn verdicts(#[case] findings: Vec<Finding>, #[case] bit: bool, #[case] expected: Verdict) {
-    let (verdict, why) = verdict(&findings, OnFail::Block, bit);
+    let (verdict, why) = verdict(&findings, 0, OnFail::Block, bit);
     assert_eq!(verdict, expected, "{why}");
     assert!(why.len() > 10);
     if expected == Verdict::Block {
-        assert_eq!(super::verdict(&findings, OnFail::Rollback, bit).0, Verdict::Rollback);
+        assert_eq!(super::verdict(&findings, 0, OnFail::Rollback, bit).0, Verdict::Rollback);
     }
+}
+
+#[test]
+fn every_look_at_a_run_counts_all_its_gates() {
+    // Enough for one gate alone, not for one of three: also where the other two are still to come.
+    let found = [found(Outcome::Fail, Some(0.008))];
+    assert_eq!(verdict(&found, 1, OnFail::Block, true).0, Verdict::Block);
+    assert_eq!(verdict(&found, 3, OnFail::Block, true).0, Verdict::Inconclusive);
+    let mut lab = healthy(2);
+    lab.plan.rounds[0].gates = vec![latency(0.8), errors(0.01), oom(0), recovery(10.0)];
+    lab.plan.gates = vec![latency(0.8)];
+    assert_eq!(tested(&lab.plan), 3);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::fault::{percent, time};
-use crate::{fold::Run, replicas::at_most, report::figure::several};
+use crate::{fold::Run, probe::Second, replicas::at_most, report::figure::several};
 
 /// The limits of a plan.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -160,25 +160,36 @@ impl Limits {
     }
 }
 
+/// A load probe that is well says something every second; one that says nothing for so long beyond the window is not, seconds.
+const SILENCE: f64 = 5.0;
+
 impl Abort {
     fn line(&self) -> String {
         let window = time(self.window);
         format!("abort where more than {} of {} fail over {window}", percent(self.errors), self.probe)
     }
 
-    /// Why the run has to end, if it has to: what its probe saw since `start` in the last seconds it told of.
-    pub(crate) fn reached(&self, run: &Run, start: f64) -> Option<String> {
-        let bins = run.bins(&self.probe, (start, f64::INFINITY));
-        let seconds = self.window.as_secs() as usize;
-        let last = bins.get(bins.len().checked_sub(seconds)?..)?;
-        let due: u64 = last.iter().map(|bin| bin.due).sum();
-        let failed: u64 = last.iter().flat_map(|bin| bin.failed.values()).sum();
+    /// Why the run has to end, if it has to: what its probe saw since `start` in the last seconds that are over, those included
+    /// of which answers are missing (`open`): what has failed by now has failed. A probe that says nothing guards nothing.
+    pub(crate) fn reached(&self, run: &Run, open: &[Second], start: f64, now: f64) -> Option<String> {
+        let told = run.bins(&self.probe, (start, f64::INFINITY));
+        let last = run.probes.get(&self.probe).and_then(|p| p.bins.last()).map_or(0.0, |bin| bin.start + 1.0);
+        let told = told.iter().map(|bin| (bin.due, bin.failed.values().sum::<u64>()));
+        let open = open.iter().filter(|second| second.start >= last.max(start) - 1e-6);
+        let silent = now - open.clone().next_back().map_or(last, |second| second.start + 1.0).max(start);
+        let (window, probe) = (time(self.window), &self.probe);
+        if silent > self.window.as_secs_f64() + SILENCE {
+            return Some(format!(
+                "abort gate: {probe} has said nothing for {silent:.0}s, so it guards nobody"
+            ));
+        }
+        let all: Vec<(u64, u64)> = told.chain(open.map(|second| (second.due, second.failed))).collect();
+        let last = all.get(all.len().checked_sub(self.window.as_secs() as usize)?..)?;
+        let (due, failed) = last.iter().fold((0, 0), |(due, failed), (d, f)| (due + d, failed + f));
         let share = failed as f64 / due as f64;
         (due > 0 && share > self.errors).then(|| {
-            let window = time(self.window);
             format!(
-                "abort gate: {failed} of {due} requests of {} failed in the last {window} ({}; {} may)",
-                self.probe,
+                "abort gate: {failed} of {due} requests of {probe} failed in the last {window} ({}; {} may)",
                 percent(share),
                 percent(self.errors)
             )
@@ -301,6 +312,7 @@ mod tests {
                 outline,
                 bins: vec![],
                 values: vec![],
+                rate: false,
                 buckets: vec![],
                 failures: vec![],
                 resets: vec![],
@@ -316,11 +328,26 @@ mod tests {
             }
             run
         };
-        assert_eq!(abort.reached(&told(&[100, 100]), 0.0), None, "not for long enough");
-        assert_eq!(abort.reached(&told(&[20, 20, 20]), 0.0), None, "as much as may be");
-        assert_eq!(abort.reached(&told(&[100, 0, 0, 10]), 0.0), None, "over by now");
-        assert_eq!(abort.reached(&told(&[100, 100, 100]), 1.0), None, "before the round");
-        let why = abort.reached(&told(&[0, 0, 10, 40, 40]), 0.0).expect("too much");
+        let reached = |failed: &[u64], open: &[u64], start| {
+            let open: Vec<_> = open
+                .iter()
+                .zip(failed.len()..)
+                .map(|(failed, second)| Second { start: second as f64, due: 100, failed: *failed })
+                .collect();
+            abort.reached(&told(failed), &open, start, (failed.len() + open.len()) as f64 + 0.5)
+        };
+        assert_eq!(reached(&[100, 100], &[], 0.0), None, "not for long enough");
+        assert_eq!(reached(&[20, 20, 20], &[], 0.0), None, "as much as may be");
+        assert_eq!(reached(&[100, 0, 0, 10], &[], 0.0), None, "over by now");
+        assert_eq!(reached(&[100, 100, 100], &[], 1.0), None, "before the round");
+        let why = reached(&[0, 0, 10, 40, 40], &[], 0.0).expect("too much");
         assert_eq!(why, "abort gate: 90 of 300 requests of shoppers failed in the last 3s (30%; 20% may)");
+        // What hangs holds no second back.
+        let why = reached(&[0, 0], &[99, 99, 0], 0.0).expect("too much");
+        assert_eq!(why, "abort gate: 198 of 300 requests of shoppers failed in the last 3s (66%; 20% may)");
+        assert_eq!(reached(&[0, 0], &[20, 20, 20], 0.0), None, "as much as may be");
+        assert_eq!(abort.reached(&told(&[0, 0]), &[], 0.0, 9.5), None, "a little late");
+        let why = abort.reached(&told(&[0, 0]), &[], 0.0, 11.0).expect("blind");
+        assert_eq!(why, "abort gate: shoppers has said nothing for 9s, so it guards nobody");
     }
 }

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use clap::{ValueEnum, builder::PossibleValue};
 
+use squall_proto::v1;
+
 use crate::{outline, replicas::Take};
 
 use super::{
@@ -278,7 +280,7 @@ fn probe(at: &At<'_>, names: &Names) -> Option<Probe> {
         (_, at) => {
             let mut fields = at.fields("{ target: recommender, measure: threads }")?;
             let target =
-                fields.require("target", "the name of a target").and_then(|at| local_target(&at, names));
+                fields.require("target", "the name of a target").and_then(|at| measured_target(&at, names));
             let measure = fields.require("measure", "threads").and_then(|at| {
                 const KNOWN: [&str; 4] = ["threads", "fds", "rss", "cpu"];
                 match at.text("threads, fds, rss or cpu")?.as_str() {
@@ -484,7 +486,8 @@ fn round(at: &At<'_>, names: &Names, plan_gates: bool) -> Option<Round> {
         if items.is_empty() {
             return at.refuse("a round without a fault proves nothing", "add a fault");
         }
-        let faults: Vec<_> = items.iter().map(|at| fault(at, names)).collect();
+        let faults: Vec<_> =
+            items.iter().map(|at| fault(at, names).and_then(|f| reached_within(at, f, hold))).collect();
         faults.into_iter().collect::<Option<Vec<_>>>()
     });
     let gates = match fields.get("gates") {
@@ -533,6 +536,21 @@ fn fault(at: &At<'_>, names: &Names) -> Option<Fault> {
     };
     let (proto, summary) = read?;
     Some(Fault { on: on?, replicas: replicas?, proto, summary })
+}
+
+/// Refuses a fault that would never come to be what was asked for.
+fn reached_within(at: &At<'_>, fault: Fault, hold: Option<Duration>) -> Option<Fault> {
+    match &fault.proto.kind {
+        Some(v1::fault::Kind::Memory(memory))
+            if hold.is_some_and(|hold| u128::from(memory.ramp_ns) >= hold.as_nanos()) =>
+        {
+            at.refuse(
+                "the ramp is as long as the hold: so much is never held",
+                "give a shorter ramp, or a longer hold",
+            )
+        }
+        _ => Some(fault),
+    }
 }
 
 fn cpu(mut fields: Fields<'_>) -> Option<Cpu> {
@@ -627,18 +645,24 @@ fn gate(at: &At<'_>, names: &Names) -> Option<Vec<Gate>> {
         }
         "errors" => {
             let probe = probe_of(&mut fields, names, kind);
-            let limit = fields.require("max", "0.12%").and_then(|at| share(&at));
+            let limit = fields.require("max", "0.12%").and_then(|at| {
+                let limit = share(&at)?;
+                never_none(&at, limit)
+            });
             (probe, limit).both().map(|(probe, limit)| Gate::Errors { probe, limit })
         }
         "leak" => {
             let probe = probe_of(&mut fields, names, kind);
             let limit = fields.require("max", "5/min");
-            let limit = limit.and_then(|at| unit(&at, "a growth per time: 5/min", units::rate));
+            let limit = limit.and_then(|at| {
+                let limit = unit(&at, "a growth per time: 5/min", units::rate)?;
+                never_none(&at, limit)
+            });
             (probe, limit).both().map(|(probe, per_second)| Gate::Leak { probe, limit: per_second * 60.0 })
         }
         "oom" => {
             let target = fields.require("target", "the name of a target");
-            let target = target.and_then(|at| local_target(&at, names));
+            let target = target.and_then(|at| measured_target(&at, names));
             let limit = fields.get("max").map_or(Some(0), |at| at.int("a number of kills"));
             (target, limit).both().map(|(target, limit)| Gate::Oom { target, limit })
         }
@@ -661,6 +685,17 @@ fn gate(at: &At<'_>, names: &Names) -> Option<Vec<Gate>> {
     found.map(|gate| vec![gate])
 }
 
+/// Refuses a limit of nothing at all: however many samples are good, that the next is not bad cannot be shown.
+fn never_none(at: &At<'_>, limit: f64) -> Option<f64> {
+    if limit > 0.0 {
+        return Some(limit);
+    }
+    at.refuse(
+        "that there is none at all cannot be shown",
+        "give what may be tolerated: max: 0.1%, max: 1/min",
+    )
+}
+
 /// Both or nothing; reads better than two `?` where the fields have to be finished first.
 trait Both<A, B> {
     fn both(self) -> Option<(A, B)>;
@@ -680,6 +715,14 @@ fn probe_of(fields: &mut Fields<'_>, names: &Names, gate: &str) -> Option<String
         return unknown(&at, "probe", &name, names.probes.keys().map(String::as_str));
     };
     let Some(probe) = probe else { return Some(name) };
+    if let ("recovery", Probe::Load(load)) = (gate, probe)
+        && load.rate < 1.0
+    {
+        return at.refuse(
+            format!("`{name}` sends less than a request a second, and a recovery is told by good seconds"),
+            "give that probe a rate of 1/s or more",
+        );
+    }
     let (yields, needs) = match (gate, probe) {
         ("latency" | "errors" | "recovery", Probe::Load(_)) | ("leak", Probe::Agent { .. }) => {
             return Some(name);
@@ -698,6 +741,18 @@ fn probe_of(fields: &mut Fields<'_>, names: &Names, gate: &str) -> Option<String
         format!("`{name}` yields {yields}: the {gate} gate could never be decided"),
         format!("name {needs}"),
     )
+}
+
+/// The name of a target with processes that an agent can measure.
+fn measured_target(at: &At<'_>, names: &Names) -> Option<String> {
+    let name = local_target(at, names)?;
+    match names.targets.get(&name) {
+        Some(Some(Target::Interface { .. })) => at.refuse(
+            format!("`{name}` is an interface: it has no processes to measure"),
+            "name a process or cgroup target",
+        ),
+        _ => Some(name),
+    }
 }
 
 /// The name of a target that an agent can get hold of.

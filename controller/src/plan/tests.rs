@@ -1,3 +1,5 @@
+use rstest::rstest;
+
 use super::*;
 
 mod network;
@@ -231,6 +233,25 @@ fn percentages_rates_and_sizes_want_their_unit() {
 
     1 error in plan.yaml
     "#);
+}
+
+#[rstest]
+#[case::errors("max: 0.12%", "max: 0%", "errors.max: that there is none at all cannot be shown")]
+#[case::leak("max: 5/min", "max: 0/min", "leak.max: that there is none at all cannot be shown")]
+#[case::recovery(
+    "rate: 200/s",
+    "rate: 30/min",
+    "recovery.probe: `shoppers` sends less than a request a second"
+)]
+#[case::ramp("ramp: 5s", "ramp: 5m", "the ramp is as long as the hold")]
+#[case::oom(
+    "recommender: { process:",
+    "recommender: { interface: { name: eth0 } }\n  other: { process:",
+    "oom.target: `recommender` is an interface"
+)]
+fn what_could_never_be_decided_is_refused(#[case] from: &str, #[case] to: &str, #[case] why: &str) {
+    let errors = errors(from, to);
+    assert!(errors.contains(why), "{errors}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use hdrhistogram::Histogram;
 use reqwest::{Client, Request};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{client, kind_of};
+use super::{Open, Second, client, kind_of};
 use crate::{
     clock::Clock,
     event::{LoadBin, What},
@@ -22,6 +22,9 @@ use crate::{
 
 /// A request that leaves this much after it was due is late, seconds.
 const LATE: f64 = 0.01;
+
+/// How often it says how the seconds stand that are not told of yet, seconds.
+const SHOW_EVERY: f64 = 0.1;
 
 /// Most requests sent before answers are looked at, where many are due at once.
 const BATCH: usize = 64;
@@ -38,7 +41,7 @@ struct Answer {
 }
 
 /// Sends requests and tells of each second once all its requests have ended, in order.
-pub(super) async fn run(name: String, load: Load, clock: Clock, tx: mpsc::UnboundedSender<What>) {
+pub(super) async fn run(name: String, load: Load, clock: Clock, tx: mpsc::UnboundedSender<What>, open: Open) {
     let (client, template) = match prepare(&load) {
         Ok(prepared) => prepared,
         Err(e) => {
@@ -52,6 +55,7 @@ pub(super) async fn run(name: String, load: Load, clock: Clock, tx: mpsc::Unboun
     let start = clock.next_second();
     let mut bins = Bins::new(start as u64);
     let mut sent: u64 = 0;
+    let mut shown = f64::NEG_INFINITY;
     // From the count, not from the time before: no rounding adds up, and a late batch keeps its due times.
     let due_at = |sent: u64| start + sent as f64 / load.rate;
     loop {
@@ -78,11 +82,15 @@ pub(super) async fn run(name: String, load: Load, clock: Clock, tx: mpsc::Unboun
                 return;
             }
         }
+        if now - shown >= SHOW_EVERY {
+            open.set(&name, bins.open(now.min(due)));
+            shown = now;
+        }
         if due <= now {
             tokio::task::yield_now().await;
             continue;
         }
-        let wake = due.min(now.floor() + 1.0);
+        let wake = due.min(now + SHOW_EVERY).min(now.floor() + 1.0);
         tokio::select! {
             biased;
             () = clock.wait_until(wake) => {}
@@ -176,11 +184,11 @@ fn holds(value: Option<&serde_json::Value>, check: &JsonCheck) -> bool {
 struct Bins {
     /// Number of the first of them.
     first: u64,
-    open: VecDeque<Open>,
+    open: VecDeque<Filling>,
 }
 
 /// A second under way.
-struct Open {
+struct Filling {
     due: u64,
     ended: u64,
     late: u64,
@@ -195,10 +203,10 @@ impl Bins {
         Self { first, open: VecDeque::new() }
     }
 
-    fn at(&mut self, second: u64) -> &mut Open {
+    fn at(&mut self, second: u64) -> &mut Filling {
         let index = second.saturating_sub(self.first) as usize;
         while self.open.len() <= index {
-            self.open.push_back(Open::new());
+            self.open.push_back(Filling::new());
         }
         &mut self.open[index]
     }
@@ -228,6 +236,16 @@ impl Bins {
         }
     }
 
+    /// The seconds that are over at `now`, in order, as they stand.
+    fn open(&self, now: f64) -> Vec<Second> {
+        let seconds = self.open.iter().zip(self.first..).map(|(second, number)| Second {
+            start: number as f64,
+            due: second.due,
+            failed: second.failed.values().sum(),
+        });
+        seconds.take_while(|second| second.start + 1.0 <= now + 1e-9).collect()
+    }
+
     /// The seconds, in order, that are over at `now` and of which every request has ended.
     fn told(&mut self, now: f64) -> Vec<LoadBin> {
         let mut told = Vec::new();
@@ -250,7 +268,7 @@ fn record(histogram: &mut Histogram<u64>, us: u64) {
     histogram.record(us).expect("the histogram grows");
 }
 
-impl Open {
+impl Filling {
     fn new() -> Self {
         // Grows as values come.
         let histogram = || Histogram::new(3).expect("three digits are within the bounds of hdrhistogram");
@@ -313,7 +331,7 @@ mod tests {
     /// The first bins of a load; the generator is stopped after.
     async fn bins(load: Load, seconds: usize) -> Vec<LoadBin> {
         let (tx, mut rx) = mpsc::unbounded_channel();
-        let generator = tokio::spawn(run("web".into(), load, Clock::start(), tx));
+        let generator = tokio::spawn(run("web".into(), load, Clock::start(), tx, Open::default()));
         let mut bins = Vec::new();
         while bins.len() < seconds {
             match rx.recv().await.expect("the generator runs") {
@@ -442,7 +460,13 @@ mod tests {
             }),
         );
         let (tx, mut rx) = mpsc::unbounded_channel();
-        let generator = tokio::spawn(run("web".into(), load(&serve(app).await, 100.0), Clock::start(), tx));
+        let generator = tokio::spawn(run(
+            "web".into(),
+            load(&serve(app).await, 100.0),
+            Clock::start(),
+            tx,
+            Open::default(),
+        ));
         while hits.load(Ordering::Relaxed) < 10 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }

@@ -8,9 +8,41 @@ pub(crate) mod exposition;
 mod load;
 mod scrape;
 
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
 use tokio::{sync::mpsc, task::JoinHandle};
 
 use crate::{clock::Clock, event::What, plan::Probe};
+
+/// A second of a load probe that is over, while answers are missing still.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Second {
+    /// Seconds since the start of the run.
+    pub start: f64,
+    /// Requests that were due in it.
+    pub due: u64,
+    /// Those of them that have failed by now.
+    pub failed: u64,
+}
+
+/// What load probes know of the seconds that they have not told of yet. No evidence about a release, only for who must not wait
+/// for the last answer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Open(Arc<Mutex<BTreeMap<String, Vec<Second>>>>);
+
+impl Open {
+    fn set(&self, probe: &str, seconds: Vec<Second>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(probe.to_owned(), seconds);
+    }
+
+    /// Those of a probe, in order.
+    pub(crate) fn of(&self, probe: &str) -> Vec<Second> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(probe).cloned().unwrap_or_default()
+    }
+}
 
 /// Starts a probe that asks the service itself. It runs until it is aborted, or nobody listens any more.
 pub(crate) fn start(
@@ -18,10 +50,11 @@ pub(crate) fn start(
     probe: &Probe,
     clock: Clock,
     tx: mpsc::UnboundedSender<What>,
+    open: Open,
 ) -> JoinHandle<()> {
     let name = name.to_owned();
     match probe.clone() {
-        Probe::Load(load) => tokio::spawn(load::run(name, load, clock, tx)),
+        Probe::Load(load) => tokio::spawn(load::run(name, load, clock, tx, open)),
         Probe::Scrape(scrape) => tokio::spawn(scrape::run(name, scrape, clock, tx)),
         Probe::Agent { .. } => tokio::spawn(async move { tx.closed().await }),
     }

@@ -163,7 +163,7 @@ impl Series {
         if !value.is_finite() {
             return Err(format!("{} is {value}", self.scrape.metric));
         }
-        Ok(What::Gauge { probe: self.name.clone(), value })
+        Ok(What::Gauge { probe: self.name.clone(), value, rate: false })
     }
 
     /// The rate since the scrape before. A series that is new since then counted from zero, which is what it did.
@@ -186,7 +186,7 @@ impl Series {
         }
         let added = series.values().sum::<f64>() - before.values().sum::<f64>();
         let value = added / (now - then);
-        Ok(value.is_finite().then(|| What::Gauge { probe: self.name.clone(), value }))
+        Ok(value.is_finite().then(|| What::Gauge { probe: self.name.clone(), value, rate: true }))
     }
 
     /// What was added to each bucket since the scrape before, over all series.
@@ -271,7 +271,11 @@ mod tests {
     }
 
     fn gauge(value: f64) -> Vec<What> {
-        vec![What::Gauge { probe: "p".into(), value }]
+        vec![What::Gauge { probe: "p".into(), value, rate: false }]
+    }
+
+    fn rate(value: f64) -> Vec<What> {
+        vec![What::Gauge { probe: "p".into(), value, rate: true }]
     }
 
     #[rstest]
@@ -311,18 +315,18 @@ mod tests {
     }
 
     #[rstest]
-    #[case::rate("m_total", &["m_total 5", "m_total 12"], gauge(7.0))]
-    #[case::over_a_gap("m_total", &["m_total 5", "", "m_total 12"], gauge(3.5))]
-    #[case::by_type("m", &["# TYPE m counter\nm 5", "# TYPE m counter\nm 6"], gauge(1.0))]
+    #[case::rate("m_total", &["m_total 5", "m_total 12"], rate(7.0))]
+    #[case::over_a_gap("m_total", &["m_total 5", "", "m_total 12"], rate(3.5))]
+    #[case::by_type("m", &["# TYPE m counter\nm 5", "# TYPE m counter\nm 6"], rate(1.0))]
     #[case::of_a_histogram(
         "m_count",
         &["# TYPE m histogram\nm_count 5", "# TYPE m histogram\nm_count 9"],
-        gauge(4.0)
+        rate(4.0)
     )]
     #[case::a_new_series_counts_from_zero(
         "m_total",
         &["m_total{code=\"200\"} 5", "m_total{code=\"200\"} 5\nm_total{code=\"500\"} 3"],
-        gauge(3.0)
+        rate(3.0)
     )]
     fn counters_become_rates(#[case] metric: &str, #[case] pages: &[&str], #[case] events: Vec<What>) {
         assert_eq!(after(series(metric, &[]), pages), events);

@@ -298,7 +298,10 @@ fn sample(i: usize, case: &Case, at: f64, hurt: bool, add: &mut impl FnMut(f64, 
     add(at + 1.0, What::Load { probe: "shoppers".into(), bin });
 
     let climb = if case.kind == "memory" && hurt { (at % 45.0) * 0.05 } else { 0.0 };
-    add(at + 0.4, What::Gauge { probe: "tasks".into(), value: (212.0 + 6.0 * noise(3) + climb).round() });
+    add(
+        at + 0.4,
+        What::Gauge { probe: "tasks".into(), value: (212.0 + 6.0 * noise(3) + climb).round(), rate: false },
+    );
     let fast = if hurt && case.slow > 10.0 { 12 } else { 190 };
     let buckets =
         vec![(Some(0.05), fast), (Some(0.1), 8), (Some(0.8), 2), (Some(2.5), RATE - fast - 10), (None, 0)];
@@ -312,7 +315,7 @@ fn sample(i: usize, case: &Case, at: f64, hurt: bool, add: &mut impl FnMut(f64, 
     let usage = TargetSample {
         processes: 1,
         threads: 9,
-        fds: 64,
+        fds: Some(64),
         rss: (150.0 * 1_048_576.0) as u64,
         cpu: at * 0.4 + 0.1 * noise(6),
         oom_kills: Some(0),

@@ -41,7 +41,16 @@ fn start(plan: &str, fakes: &[&Fake]) -> Test {
     let (signals, rx) = watch::channel(Asked::GoOn);
     let mut guard = Guard { signals: rx, trouble: troubles };
     let agents = fakes.iter().map(|f| f.agent.clone()).collect();
-    let context = Context { plan, agents, log: Arc::clone(&log), clock, run: id.clone(), seed: 1, trouble };
+    let context = Context {
+        plan,
+        agents,
+        log: Arc::clone(&log),
+        clock,
+        run: id.clone(),
+        seed: 1,
+        open: probe::Open::default(),
+        trouble,
+    };
     let ended = tokio::spawn(async move { rounds(Arc::new(context), &mut guard).await });
     Test { runs, id, log, signals, ended }
 }
@@ -249,6 +258,20 @@ async fn a_revert_waits_for_the_next_agent() {
     let (ended, run, _) = test.end().await;
     assert!(matches!(ended, Err(Stopped::Person)), "{ended:?}");
     assert_eq!((reverted(&run), fake.live()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_round_that_finds_fewer_than_there_were_proves_nothing() {
+    let (a, b) = (Fake::start("a").await, Fake::start("b").await);
+    // Arming comes two seconds before the fault.
+    let test = start(&PLAN.replace("baseline: 1s", "baseline: 4s"), &[&a, &b]);
+    test.until(|run| run.rounds[0].phases.contains_key(&Phase::Baseline)).await;
+    b.is().nothing_matches = true;
+    let (ended, run, _) = test.end().await;
+    assert_ne!(ended.expect("not stopped").0, Verdict::Promote);
+    assert_eq!((run.injections.len(), reverted(&run)), (1, 1));
+    let text = "1 of the 2 that were there when the run began are left";
+    assert!(run.notes.iter().any(|(_, n)| n.contains(text)), "{:?}", run.notes);
 }
 
 #[tokio::test]
