@@ -487,3 +487,15 @@ fn warnings_say_what_a_delay_is() {
     insta::assert_snapshot!(one_way, @"the delay is of each packet, not of each request: a round trip takes 2s longer, and a request may need several");
     assert_eq!(of("loss: 1%"), "");
 }
+
+/// What docs/from-netem.md tells people to write is a plan.
+#[test]
+fn what_the_docs_say_can_be_written() {
+    let page = include_str!("../../../../docs/from-netem.md");
+    let told = page.lines().filter_map(|line| line.strip_prefix('|')?.split(" | ").nth(1));
+    let told: Vec<&str> = told.filter_map(|cell| cell.trim().strip_prefix('`')?.strip_suffix('`')).collect();
+    assert_eq!(told.len(), 22, "{told:?}");
+    for written in told {
+        let _ = fault(written);
+    }
+}
