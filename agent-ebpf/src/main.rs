@@ -29,7 +29,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use squall_common::{
-    decide::{self, COPY, Mode},
+    decide::{self, COPY, LONGEST, Mode},
     histogram::{self, BUCKETS},
     line,
     matching::{self, Lookup},
@@ -48,8 +48,6 @@ use crate::skb::{Note, Skb, redirect};
 const MMAPABLE: u32 = 1 << 10;
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`.
 const NEXT: i32 = -1;
-/// Nobody paces a packet further ahead than this; such a time stamp is of another clock.
-const FARTHEST: u64 = 60_000_000_000;
 /// Flag of a TCP header.
 const RST: u32 = 0x04;
 
@@ -389,33 +387,36 @@ impl Place<'_> {
                 None => 0,
             })
         };
-        let wait = decide::wait(action, memory, now, self.skb.wire_len(self.hook))?;
+        let len = self.skb.wire_len(self.hook);
+        let latest = now + LONGEST;
+        let wait = decide::wait(action, memory, now, len, LONGEST.saturating_sub(delay))?;
         let by = delay + wait;
         let mut due = now;
         if by != 0 {
-            // TCP's own pacing (bbr) is a departure time too: add to it.
+            // TCP's own pacing (bbr) is a departure time too: add to it. Nobody paces a packet further ahead than we hold
+            // one; such a time stamp is of another clock.
             let from = match self.hook {
                 Direction::Egress => match self.skb.departure() {
-                    paced if paced > now && paced < now + FARTHEST => paced,
+                    paced if paced > now && paced < latest => paced,
                     _ => now,
                 },
                 Direction::Ingress => now,
             };
             due = from + by;
         }
+        if due > latest {
+            return None;
+        }
         if action.keep_order.load() != 0 {
             due = self.remember(|flow| {
-                if flow.last > due && flow.last < due + FARTHEST {
+                if flow.last > due && flow.last <= latest {
                     due = flow.last;
                 }
                 flow.last = due;
                 due
             });
         }
-        due = decide::slot(action, memory, n, due, self.skb.wire_len(self.hook));
-        if due > now + FARTHEST {
-            return None;
-        }
+        due = decide::slot(action, memory, n, due, len, latest)?;
         if ahead {
             self.rule.reordered.add(1);
         }

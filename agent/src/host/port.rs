@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use squall_common::{
-    decide::{Action, Mode},
+    decide::{Action, LONGEST, Mode},
     histogram::BUCKETS,
     packet::Protocol,
     quantiles::Quantiles,
@@ -97,7 +97,8 @@ impl Spec {
     pub fn longest(&self) -> Duration {
         // A table's entries reach four jitters.
         let delay = self.action.latency + 4 * self.action.jitter;
-        let held = Duration::from_nanos(delay + self.action.backlog + self.action.slot_max);
+        let held = delay + self.action.backlog + self.action.slot_backlog;
+        let held = Duration::from_nanos(held.min(LONGEST));
         held + self.dns.as_ref().map_or(Duration::ZERO, |dns| dns.delay)
     }
 
