@@ -595,6 +595,71 @@ async fn only_the_targets_sockets_are_hurt() -> Result<()> {
     Ok(())
 }
 
+/// Waits until a process is where it was to go, and does nothing any more.
+fn asleep(sleeper: &Running) -> Result<()> {
+    wait_for("the sleeper to sleep", Duration::from_secs(10), || {
+        let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid()));
+        Ok(exe.is_ok_and(|exe| exe.ends_with("sleep")).then_some(()))
+    })
+}
+
+/// What arrives is known by what left: a flow is no longer the target's when somebody else sends in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flow_that_changes_hands_is_not_the_targets_any_more() -> Result<()> {
+    let mut bench = Bench::new("hands").await?;
+    let cgroup = Unified::new(&unique("hands"))?;
+    let sleeper = Running::start("a sleeper", &cgroup.wrap(bench.lab.near.command("sleep").arg("600")))?;
+    asleep(&sleeper)?;
+    let fault = NetworkFault { sockets: Whose::Target.into(), ..delay(200, Direction::Ingress, vec![]) };
+    let injection = bench.inject_into(process(sleeper.pid()), fault).await?;
+    // All pings to one address are one flow.
+    let mut theirs = bench.lab.near.command("ping");
+    theirs.args(["-n", "-c", "2", "-i", "0.5", "-W", "2", "10.99.0.2"]);
+    let said = String::from_utf8(cgroup.wrap(&theirs).output()?.stdout)?;
+    let hurt = figure(&bench.effect(&injection.id).await?, "delayed");
+    ensure!(hurt >= 2.0, "{hurt} answers to the target were late: {said}");
+    let rtt = bench.lab.near.rtt_with("10.99.0.2")?;
+    ensure!(rtt < 100.0, "{rtt} ms for somebody else");
+    bench.end(&injection.id).await?;
+    Ok(())
+}
+
+/// Segments come back by a device of the agent's, whose socket they have; whose they are is known by their flow.
+#[tokio::test(flavor = "multi_thread")]
+async fn segments_are_the_targets_as_their_packet_was() -> Result<()> {
+    const BYTES: usize = 400_000;
+    let mut bench = Bench::new("segments").await?;
+    let [hit, neighbour] = [Service::start(&bench.lab.near, 7001)?, Service::start(&bench.lab.near, 7002)?];
+    let fault = |per_segment| NetworkFault {
+        sockets: Whose::Target.into(),
+        per_segment,
+        ..delay(20, Direction::Egress, vec![])
+    };
+    let echo = |service: &Service, lab: &Lab| -> Result<()> {
+        let mut stream = lab.far.connect(SocketAddr::new(Lab::NEAR, service.port), SOON)??;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.write_all(format!("*2\r\n$4\r\nECHO\r\n${BYTES}\r\n").as_bytes())?;
+        stream.write_all(&[b'x'; BYTES])?;
+        stream.write_all(b"\r\n")?;
+        let mut answer = vec![0; BYTES];
+        Ok(stream.read_exact(&mut answer)?)
+    };
+    let target = process(hit.process.pid());
+    // Also where the rule learns only later that it is about segments.
+    let injection = bench.inject_into(target, fault(false)).await?;
+    bench.update(&injection.id, fault(true)).await?;
+    echo(&neighbour, &bench.lab)?;
+    let spared = figure(&bench.effect(&injection.id).await?, "matched");
+    ensure!(spared == 0.0, "{spared} packets of the neighbour's");
+    echo(&hit, &bench.lab)?;
+    let ended = bench.end(&injection.id).await?;
+    // Full segments of 1448 bytes, if not less.
+    let least = (BYTES / 1448) as f64;
+    let [matched, delayed] = ["matched", "delayed"].map(|name| figure(&ended, name));
+    ensure!(matched >= least && delayed >= least, "{matched} packets, {delayed} late, of at least {least}");
+    Ok(())
+}
+
 /// A process that shares its network with everybody, and has nothing by which to tell its packets.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_without_a_cgroup_of_its_own_is_refused() -> Result<()> {
@@ -606,10 +671,7 @@ async fn a_target_without_a_cgroup_of_its_own_is_refused() -> Result<()> {
     command.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(root);
     command.args(["nsenter", &format!("--net={}", bench.lab.near.path().display()), "sleep", "600"]);
     let sleeper = Running::start("a sleeper", &command)?;
-    wait_for("the sleeper to sleep", Duration::from_secs(10), || {
-        let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid()));
-        Ok(exe.is_ok_and(|exe| exe.ends_with("sleep")).then_some(()))
-    })?;
+    asleep(&sleeper)?;
     let fault = partition(Direction::Both, vec![port(7000)]);
     let said = bench.refused(process(sleeper.pid()), fault.clone()).await?;
     ensure!(said.contains("has no cgroup (v2) of its own") && said.contains("sockets: all"), "{said}");

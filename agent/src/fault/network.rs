@@ -23,7 +23,7 @@ use squall_common::{
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, Ports},
-    table::endpoint,
+    table::{Direction, endpoint},
 };
 use squall_proto::v1;
 use tokio::{
@@ -642,6 +642,13 @@ fn plan_interface(
     let place = place(undo.key(netns));
     undo.remains.clsact =
         undo.remains.filters && (!netlink.has_clsact(interface.index)? || place.made_clsact());
+    if support.hook == Hook::Clsact {
+        // Somebody else's filters must not be in the way.
+        for way in [Direction::Egress, Direction::Ingress].into_iter().filter(|&way| spec.passes(way)) {
+            let hook = if outside { way.other() } else { way };
+            netlink.foremost(interface.index, hook).with_context(|| format!("attaching to {name}"))?;
+        }
+    }
     planned.changes.push(match support.hook {
         Hook::Tcx => format!("{name}: programs attached by TCX; ends with its link"),
         Hook::Clsact if undo.remains.clsact => {

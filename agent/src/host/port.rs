@@ -7,7 +7,7 @@ mod figures;
 mod support;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -17,15 +17,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use squall_common::{
     decide::{Action, LONGEST, Mode},
     histogram::BUCKETS,
-    packet::Protocol,
+    packet::{Address, Protocol},
     quantiles::Quantiles,
     rules::{Cidr, Clause, prefixes},
     sieve::Sieve,
-    table::{CLAUSES, Cell, Dimension, Direction, LANES, Lane, RULES, Rule},
+    table::{CGROUPS, CIDRS, CLAUSES, Cell, Dimension, Direction, ENDPOINTS, LANES, Lane, RULES, Rule},
 };
 
 use self::support::{attach_line, attach_tap};
@@ -102,7 +102,9 @@ impl Spec {
         held + self.dns.as_ref().map_or(Duration::ZERO, |dns| dns.delay)
     }
 
-    fn passes(&self, way: Direction) -> bool {
+    /// Whether it is about packets that go this way.
+    #[must_use]
+    pub fn passes(&self, way: Direction) -> bool {
         self.clauses.iter().any(|clause| match way {
             Direction::Egress => clause.egress,
             Direction::Ingress => clause.ingress,
@@ -371,6 +373,7 @@ impl Port {
             .iter()
             .position(|&used| !used)
             .ok_or_else(|| anyhow!("{} has {RULES} rules already", self.interface.name))?;
+        self.room(None, &spec)?;
         self.prepare(&spec)?;
         crash::step("port.write")?;
         let cells = &self.desk.table.rules[rule];
@@ -406,6 +409,7 @@ impl Port {
     }
 
     fn change(&mut self, rule: usize, spec: Spec) -> Result<()> {
+        self.room(Some(rule), &spec)?;
         self.prepare(&spec)?;
         self.attach(&spec)?;
         let clauses = &spec.clauses;
@@ -413,7 +417,7 @@ impl Port {
         let same = old.iter().filter_map(|&slot| self.clauses[slot].as_ref().map(|(_, c)| c)).eq(clauses);
         if !same {
             let after = old.last().map_or(0, |last| last + 1);
-            if self.free() >= clauses.len() {
+            if self.room(None, &spec).is_ok() {
                 // The new ones behind the old, then the old ones away, exceptions last: no packet passes in between.
                 self.insert(after, rule, clauses)?;
                 let kept = clauses.len();
@@ -472,15 +476,44 @@ impl Port {
     fn write_endpoints(&mut self, rule: usize, endpoints: BTreeMap<u32, u64>) -> Result<()> {
         self.endpoints.insert(rule, endpoints);
         let all: BTreeMap<u32, u64> = self.endpoints.values().flatten().map(|(&e, &id)| (e, id)).collect();
-        for (endpoint, id) in &all {
-            if self.listening.get(endpoint) != Some(id) {
-                self.programs.set_endpoint(*endpoint, Some(*id))?;
+        for endpoint in missing(&self.listening, &all) {
+            self.programs.set_endpoint(endpoint, None)?;
+            self.listening.remove(&endpoint);
+        }
+        for (endpoint, id) in all {
+            if self.listening.get(&endpoint) != Some(&id) {
+                self.programs.set_endpoint(endpoint, Some(id))?;
+                self.listening.insert(endpoint, id);
             }
         }
-        for endpoint in self.listening.keys().filter(|endpoint| !all.contains_key(endpoint)) {
-            self.programs.set_endpoint(*endpoint, None)?;
+        Ok(())
+    }
+
+    /// Refuses where the maps have no room for a rule, beside all others or instead of one.
+    fn room(&self, instead_of: Option<usize>, spec: &Spec) -> Result<()> {
+        let stay = self.clauses.iter().flatten().filter(|(rule, _)| Some(*rule) != instead_of);
+        let all: Vec<&Clause> = stay.map(|(_, clause)| clause).chain(&spec.clauses).collect();
+        let peers = prefixes(all.iter().map(|clause| (0, *clause)));
+        let v4 = peers.keys().filter(|cidr| matches!(cidr.address(), Address::V4(_))).count();
+        let cgroups: BTreeSet<u64> =
+            all.iter().flat_map(|clause| clause.cgroups.iter().flatten()).copied().collect();
+        let listening = self.endpoints.iter().filter(|(rule, _)| Some(**rule) != instead_of);
+        let listening: BTreeSet<u32> =
+            listening.flat_map(|(_, of_rule)| of_rule.keys()).chain(spec.endpoints.keys()).copied().collect();
+        let cidrs = CIDRS as usize;
+        for (what, count, most) in [
+            ("peers and exceptions", all.len(), CLAUSES),
+            ("CIDRs of IPv4", v4, cidrs),
+            ("CIDRs of IPv6", peers.len() - v4, cidrs),
+            ("cgroups", cgroups.len(), CGROUPS as usize),
+            ("ports on which targets listen", listening.len(), ENDPOINTS as usize),
+        ] {
+            ensure!(
+                count <= most,
+                "{count} {what} are too many for {}, those of other injections included: at most {most}",
+                self.interface.name
+            );
         }
-        self.listening = all;
         Ok(())
     }
 
@@ -489,16 +522,8 @@ impl Port {
         (0..CLAUSES).filter(|&slot| of_rule(&self.clauses[slot])).collect()
     }
 
-    fn free(&self) -> usize {
-        self.clauses.iter().filter(|slot| slot.is_none()).count()
-    }
-
-    /// Puts clauses at a place in the order, moving others where it must. What is live stays live.
+    /// Puts clauses, for which there is room, at a place in the order, moving others where it must. What is live stays live.
     fn insert(&mut self, at: usize, rule: usize, clauses: &[Clause]) -> Result<()> {
-        if clauses.len() > self.free() {
-            let (free, name) = (self.free(), &self.interface.name);
-            bail!("{} peers are too many for {name}: {free} of {CLAUSES} are left", clauses.len());
-        }
         let mut at = at;
         let fits =
             at + clauses.len() <= CLAUSES && self.clauses[at..at + clauses.len()].iter().all(Option::is_none);
@@ -598,28 +623,38 @@ impl Port {
         // What is new passes the sieve before it is there, and what is old until it is gone.
         let sieve = Sieve::new(peers.keys());
         self.write_sieve(&sieve, Cell::set);
+        // One by one, so that it is known what is in the maps where writing fails half-way.
         for (cidr, set) in &peers {
             if self.trie.get(cidr) != Some(set) {
                 self.programs.set_peers(cidr, *set)?;
+                self.trie.insert(*cidr, *set);
             }
         }
-        for cidr in self.trie.keys().filter(|cidr| !peers.contains_key(cidr)) {
-            self.programs.remove_peers(cidr)?;
+        for cidr in missing(&self.trie, &peers) {
+            self.programs.remove_peers(&cidr)?;
+            self.trie.remove(&cidr);
         }
         self.write_sieve(&sieve, Cell::store);
-        self.trie = peers;
         for (id, set) in &cgroups {
             if self.cgroups.get(id) != Some(set) {
                 self.programs.set_cgroup(*id, *set)?;
+                self.cgroups.insert(*id, *set);
             }
         }
-        for id in self.cgroups.keys().filter(|id| !cgroups.contains_key(id)) {
-            self.programs.remove_cgroup(*id)?;
+        for id in missing(&self.cgroups, &cgroups) {
+            self.programs.remove_cgroup(id)?;
+            self.cgroups.remove(&id);
         }
-        self.cgroups = cgroups;
-        let asks = clauses().any(|(_, clause)| clause.ingress && clause.cgroups.is_some());
-        self.programs.table().owners.store(u64::from(asks));
+        self.write_owners();
         Ok(())
+    }
+
+    /// Says whether somebody asks whose a packet is that has no socket: one that arrives, or a segment.
+    fn write_owners(&self) {
+        let segments = self.taps[Lane::Segment.index(Direction::Egress)].is_some();
+        let mut clauses = self.clauses.iter().flatten();
+        let asks = clauses.any(|(_, clause)| (clause.ingress || segments) && clause.cgroups.is_some());
+        self.programs.table().owners.store(u64::from(asks));
     }
 
     fn write_sieve(&self, sieve: &Sieve, write: impl Fn(&Cell, u64)) {
@@ -765,8 +800,10 @@ impl Port {
         crash::step("port.tap.queue")?;
         let index = lane.index(hook);
         let tap = device.start(index, Arc::clone(&self.desk), answers)?;
-        self.programs.table().lane[index].store(u64::from(tap.index()));
+        let device = u64::from(tap.index());
         self.taps[index] = Some(tap);
+        self.write_owners();
+        self.programs.table().lane[index].store(device);
         Ok(())
     }
 
@@ -780,6 +817,8 @@ impl Port {
                 for rule in 0..RULES {
                     port.remove(rule)?;
                 }
+                // Nothing may be left for the next interface, also where writing failed before.
+                port.write_maps()?;
                 let Self {
                     interface,
                     outside,
@@ -829,6 +868,11 @@ impl Port {
             })
             .with_context(|| format!("taking our programs off {name}"))
     }
+}
+
+/// The keys of a map that another has not.
+fn missing<K: Ord + Copy, V>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> Vec<K> {
+    old.keys().filter(|key| !new.contains_key(key)).copied().collect()
 }
 
 /// What a packet that no rule matches costs above an empty program, measured with these rules in a network namespace of
