@@ -696,7 +696,7 @@ mod tests {
             Action { slot_min: 10 * MS, slot_max: 20 * MS, slot_packets: 3, slot_backlog, ..Action::new(7) };
         let (cells, m) = (cells(&action), memory());
         let slot = |cells: &Action<Cell>, m: &Memory<Cell>, n, due, len| {
-            super::slot(cells, m, n, due, len, u64::MAX).expect("there is room")
+            slot(cells, m, n, due, len, u64::MAX).expect("there is room")
         };
         // Ten at once leave by threes, then somebody much later.
         let mut slots: Vec<u64> = (0..10).map(|n| slot(&cells, &m, n, MS, 100)).collect();
@@ -722,8 +722,7 @@ mod tests {
         // 1 Mbit/s is 8 µs a byte.
         let action = cells(&Action { byte_time: 8_000 << 24, backlog: 100 * MS, ..Action::new(1) });
         let m = memory();
-        let wait =
-            |action: &Action<Cell>, m: &Memory<Cell>, now, len| super::wait(action, m, now, len, LONGEST);
+        let wait = |action: &Action<Cell>, m: &Memory<Cell>, now, len| wait(action, m, now, len, LONGEST);
         assert_eq!(wait(&action, &m, MS, 1000), Some(8 * MS));
         assert_eq!(wait(&action, &m, MS, 1000), Some(16 * MS));
         assert_eq!(wait(&action, &m, 5 * MS, 1000), Some(20 * MS));

@@ -133,6 +133,15 @@ pub struct Key {
     pub outside: bool,
 }
 
+/// Where the clsact qdisc is ours: network namespace and interface, which two ports may share. The last of them removes it.
+static CLSACTS: Mutex<BTreeSet<(u64, u32)>> = Mutex::new(BTreeSet::new());
+
+/// Whether a port made the clsact qdisc of an interface.
+#[must_use]
+pub fn made_clsact(key: Key) -> bool {
+    lock(&CLSACTS).contains(&(key.netns, key.interface))
+}
+
 static PLACES: Mutex<Option<HashMap<Key, Arc<Place>>>> = Mutex::new(None);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -179,12 +188,6 @@ impl Place {
         leaving.into_iter().try_for_each(|rule| port.remove(rule))
     }
 
-    /// Whether the open port made the interface's clsact qdisc.
-    #[must_use]
-    pub fn made_clsact(&self) -> bool {
-        lock(&self.port).as_ref().is_some_and(|port| port.made_clsact)
-    }
-
     /// What the open port changed so that the loopback interface takes packets from elsewhere.
     #[must_use]
     pub fn made_localnet(&self) -> localnet::Changed {
@@ -210,7 +213,7 @@ pub struct Owned {
     place: Arc<Place>,
     rule: usize,
     desk: Arc<Desk>,
-    /// What the port's line had lost before.
+    /// What the port's line and queues had lost before.
     lost_before: u64,
 }
 
@@ -252,7 +255,7 @@ impl Owned {
         self.cells().until.store(until.0);
     }
 
-    /// What the rule did so far. Of a line that several rules share, each has what all lost there.
+    /// What the rule did so far. Of a line or queue that several rules share, each has what all lost there.
     #[must_use]
     pub fn figures(&self) -> Figures {
         let rule = self.cells();
@@ -318,7 +321,6 @@ struct Port {
     attached: [bool; 2],
     line: Option<Line>,
     taps: [Option<Tap>; LANES],
-    made_clsact: bool,
     made_localnet: localnet::Changed,
     /// The longest time for which any rule holds a packet.
     longest: Duration,
@@ -355,7 +357,6 @@ impl Port {
             attached: [false; 2],
             line: None,
             taps: [const { None }; LANES],
-            made_clsact: false,
             made_localnet: localnet::Changed::default(),
             longest: Duration::ZERO,
             clauses: [const { None }; CLAUSES],
@@ -399,11 +400,16 @@ impl Port {
         Ok(rule)
     }
 
-    /// Packets that got lost in its line, as far as the kernel says.
+    /// Packets that got lost in its line, or before its queues took them, as far as the kernel says.
     fn lost(&self) -> u64 {
-        let Some(line) = self.line else { return 0 };
-        self.netns.run(|| line.lost(&mut Netlink::open()?)).unwrap_or_else(|error| {
-            tracing::debug!("what the line of {} lost: {error:#}", self.interface.name);
+        let lost = || {
+            let mut netlink = Netlink::open()?;
+            let line = self.line.map_or(Ok(0), |line| line.lost(&mut netlink))?;
+            let taps = self.taps.iter().flatten().map(|tap| netlink.lost(tap.index(), Direction::Egress));
+            Ok(line + taps.sum::<Result<u64>>()?)
+        };
+        self.netns.run(lost).unwrap_or_else(|error| {
+            tracing::debug!("what was lost on the detours of {}: {error:#}", self.interface.name);
             0
         })
     }
@@ -717,7 +723,7 @@ impl Port {
                 if !netlink.has_clsact(self.interface.index)? {
                     crash::step("port.clsact")?;
                     netlink.add_clsact(self.interface.index)?;
-                    self.made_clsact = true;
+                    lock(&CLSACTS).insert((self.netns.inode(), self.interface.index));
                 }
             }
             for hook in missing {
@@ -810,6 +816,7 @@ impl Port {
     /// Takes everything back.
     fn close(self) -> Result<()> {
         let (netns, name) = (Arc::clone(&self.netns), self.interface.name.clone());
+        let netns_inode = netns.inode();
         // All of it inside: a filter that is dropped elsewhere would take another's with it.
         netns
             .run(move || {
@@ -826,7 +833,6 @@ impl Port {
                     attached,
                     line,
                     taps,
-                    made_clsact,
                     made_localnet,
                     longest,
                     support,
@@ -856,9 +862,13 @@ impl Port {
                     crash::step("port.close.line")?;
                     Line::remove(&mut netlink, interface.index, outside)?;
                 }
-                if made_clsact {
+                let clsact = (netns_inode, interface.index);
+                if lock(&CLSACTS).remove(&clsact) {
                     crash::step("port.close.clsact")?;
                     netlink.remove_empty_clsact(interface.index)?;
+                    if netlink.has_clsact(interface.index)? {
+                        lock(&CLSACTS).insert(clsact);
+                    }
                 }
                 crash::step("port.close.localnet")?;
                 localnet::set(made_localnet, false)?;

@@ -38,6 +38,10 @@ pub struct Interface {
     pub alias: Option<String>,
     /// Index of the interface at the other end, in whichever network namespace that is.
     pub peer: Option<u32>,
+    /// Index of the interface through which its packets go next, where it is a VLAN of that one.
+    pub lower: Option<u32>,
+    /// Index of the interface of which it is a part: a bond, a bridge.
+    pub master: Option<u32>,
     /// Length of the header in front of the network layer; `None` for link layers we know nothing about.
     pub link_header: Option<u8>,
 }
@@ -93,8 +97,8 @@ impl Netlink {
             .collect())
     }
 
-    /// Packets that an interface lost when they arrived, since it was made.
-    pub fn lost_on_arrival(&mut self, index: u32) -> Result<u64> {
+    /// Packets that an interface lost when they arrived or when they left, since it was made.
+    pub fn lost(&mut self, index: u32, way: Direction) -> Result<u64> {
         let mut link = LinkMessage::default();
         link.header.index = index;
         let replies = self
@@ -102,7 +106,10 @@ impl Netlink {
             .with_context(|| format!("asking for the counters of interface {index}"))?;
         let counted = replies.into_iter().find_map(|reply| match reply {
             RouteNetlinkMessage::NewLink(link) => link.attributes.into_iter().find_map(|a| match a {
-                LinkAttribute::Stats64(stats) => Some(stats.rx_dropped),
+                LinkAttribute::Stats64(stats) => Some(match way {
+                    Direction::Egress => stats.tx_dropped,
+                    Direction::Ingress => stats.rx_dropped,
+                }),
                 _ => None,
             }),
             _ => None,
@@ -400,10 +407,20 @@ fn interface(link: &LinkMessage) -> Interface {
         LinkAttribute::Link(index) => Some(*index),
         _ => None,
     });
+    let has = |f: fn(&LinkAttribute) -> bool| link.attributes.iter().any(f);
+    let vlan = |a: &LinkAttribute| matches!(a, LinkAttribute::LinkInfo(all) if all.contains(&LinkInfo::Kind(InfoKind::Vlan)));
+    // With the id of a namespace it is an index of that one.
+    let vlan_here = has(vlan) && !has(|a| matches!(a, LinkAttribute::LinkNetNsId(_)));
+    let master = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    });
     Interface {
         name: name.unwrap_or_default(),
         alias,
         peer,
+        lower: peer.filter(|_| vlan_here),
+        master,
         index: link.header.index,
         up: link.header.flags.contains(LinkFlags::Up),
         loopback: link.header.flags.contains(LinkFlags::Loopback),

@@ -363,7 +363,7 @@ fn rate(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(), Invali
 /// Refuses where every packet would be lost: a delay, the time of a packet at the rate and a slot come one after the other.
 fn together(action: &Action<u64>) -> Result<(), Invalid> {
     let sum =
-        action.latency + action.slot_max + (FRAME * action.byte_time >> 24).saturating_sub(action.burst);
+        action.latency + action.slot_max + ((FRAME * action.byte_time) >> 24).saturating_sub(action.burst);
     if action.latency == 0 || sum <= LONGEST {
         return Ok(());
     }
