@@ -559,6 +559,31 @@ async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {
     Ok(())
 }
 
+/// The ring in front of a queue takes 16384 packets while the agent is busy elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_in_front_of_a_queue_is_counted() -> Result<()> {
+    const PACKETS: u32 = 20_000;
+    let mut bench = Bench::new("ring").await?;
+    let injection = bench.inject(delay(20, Direction::Egress, vec![])).await?;
+    if !injection.mechanism.contains("TAP") {
+        println!("no queue here: {}", injection.mechanism);
+        return Ok(());
+    }
+    let socket = bench.lab.near.udp(Lab::NEAR, 0)?;
+    bench.lab.near.ping(Lab::FAR, 1, Duration::from_millis(10))?;
+    let agent = Pid::from_raw(bench.agent.pid().cast_signed());
+    kill(agent, Signal::SIGSTOP)?;
+    let sent = (0..PACKETS).try_for_each(|_| socket.send_to(b"one of many", (Lab::FAR, 9)).map(drop));
+    kill(agent, Signal::SIGCONT)?;
+    sent?;
+    thread::sleep(Duration::from_millis(500));
+    let ended = bench.end(&injection.id).await?;
+    let failed = figure(&ended, "failed");
+    // Some were read before the agent stood still.
+    ensure!(failed >= 1000.0, "{failed} failed: {ended:?}");
+    Ok(())
+}
+
 /// How often each thread of a process has gone to sleep.
 fn naps(pid: i32) -> Result<HashMap<i32, u64>> {
     let tasks = Process::new(pid)?.tasks()?.flatten();
