@@ -29,7 +29,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use squall_common::{
-    decide::{self, COPY, Mode},
+    decide::{self, COPY, LONGEST, Mode},
     histogram::{self, BUCKETS},
     line,
     matching::{self, Lookup},
@@ -48,10 +48,12 @@ use crate::skb::{Note, Skb, redirect};
 const MMAPABLE: u32 = 1 << 10;
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`.
 const NEXT: i32 = -1;
-/// Nobody paces a packet further ahead than this; such a time stamp is of another clock.
-const FARTHEST: u64 = 60_000_000_000;
-/// Flag of a TCP header.
+/// What a queueing discipline without room answers (linux/netdevice.h); `sch_fq` knows no other refusal.
+const NET_XMIT_DROP: i64 = 1;
+/// Flags of a TCP header.
+const SYN: u32 = 0x02;
 const RST: u32 = 0x04;
+const ACK: u32 = 0x10;
 
 /// Not 0 where the kernel knows the cgroup (v2) of a socket. Elsewhere the verifier never sees the helpers.
 #[unsafe(no_mangle)]
@@ -92,6 +94,8 @@ struct Maps<'a> {
     skb: &'a Skb<'a>,
     hook: Direction,
     packet: &'a Packet,
+    /// Not a segment that comes back from our TAP device, whose socket it has.
+    whole: bool,
 }
 
 /// A flow of this port: entries of the interface that the programs served before are nobody's.
@@ -107,19 +111,24 @@ fn cgroup_set(id: u64) -> u64 {
     unsafe { CGROUP_SETS.get(id) }.copied().unwrap_or(0)
 }
 
-/// Notes whose flow a packet belongs to that leaves, where a rule will ask when packets of it arrive.
+/// Notes whose flow a packet belongs to that leaves, where a rule will ask when packets of it arrive, or segments of it leave.
 #[inline(always)]
 fn note_owner(table: &Table, skb: &Skb<'_>, link_header: usize) {
     if table.owners.load() == 0 || SOCKET_CGROUPS.load() == 0 {
         return;
     }
     let id = skb.cgroup_id();
-    if cgroup_set(id) == 0 {
-        return;
-    }
+    let named = cgroup_set(id) != 0;
     if let Some(packet) = packet::parse(skb, skb.ethertype(), skb.vlan(), link_header, Direction::Egress) {
-        // Where there is no memory the flow is nobody's.
-        let _full = FLOW_OWNERS.insert(owned(table, &packet), id, 0);
+        let flow = owned(table, &packet);
+        if named {
+            // Where there is no memory the flow is nobody's.
+            let _full = FLOW_OWNERS.insert(flow, id, 0);
+        // SAFETY: nothing is read.
+        } else if unsafe { FLOW_OWNERS.get(flow) }.is_some() {
+            // Somebody else uses the same ports now.
+            let _gone = FLOW_OWNERS.remove(flow);
+        }
     }
 }
 
@@ -149,14 +158,18 @@ impl Lookup for Maps<'_> {
         if SOCKET_CGROUPS.load() == 0 {
             return 0;
         }
+        if matches!(self.hook, Direction::Egress) && self.whole {
+            return cgroup_set(self.skb.cgroup_id());
+        }
+        // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
+        if let Some(id) = unsafe { FLOW_OWNERS.get(owned(self.table, self.packet)) } {
+            return cgroup_set(*id);
+        }
         match self.hook {
-            Direction::Egress => cgroup_set(self.skb.cgroup_id()),
+            // Its packet was there a moment ago.
+            Direction::Egress => 0,
             Direction::Ingress => {
                 // An arriving packet has no socket yet. It is whoever's the flow is that left here, or who listens.
-                // SAFETY: the value is a number, copied at once; an entry that is reused meanwhile names another cgroup.
-                if let Some(id) = unsafe { FLOW_OWNERS.get(owned(self.table, self.packet)) } {
-                    return cgroup_set(*id);
-                }
                 let port = self.packet.port_pair.get().unwrap_or(0) & 0xffff;
                 // SAFETY: as above.
                 match unsafe { PORT_OWNERS.get(endpoint(self.packet.kind, port)) } {
@@ -217,7 +230,7 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     }
     let way = if table.outside.load() == 0 { hook } else { hook.other() };
     let link_header = table.link_header.load() as usize & 0xff;
-    if matches!(hook, Direction::Egress) {
+    if matches!(hook, Direction::Egress) && whole {
         note_owner(table, &skb, link_header);
     }
     let live = matching::live(table, way);
@@ -229,13 +242,14 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
         table,
         live,
         &head.packet,
-        &Maps { table, skb: &skb, hook, packet: &head.packet },
+        &Maps { table, skb: &skb, hook, packet: &head.packet, whole },
     );
     if set == 0 {
         return NEXT;
     }
     let Some(packet) = head.complete(&skb, way) else { return NEXT };
-    let set = matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet });
+    let set =
+        matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet, whole });
     if set == 0 {
         return NEXT;
     }
@@ -352,11 +366,16 @@ impl Place<'_> {
             Job::Dns
         } else {
             // What ends a connection is nobody's to end.
-            if tcp_flags.get().is_none_or(|flags| flags & RST != 0) {
+            let Some(flags) = tcp_flags.get() else { return NEXT };
+            if flags & RST != 0 {
                 return NEXT;
             }
             if mode == Mode::Cut as u64 {
                 let passed = self.remember(|flow| {
+                    // Another connection over the same ports begins anew.
+                    if flags & (SYN | ACK) == SYN {
+                        flow.bytes = 0;
+                    }
                     flow.bytes += self.skb.wire_len(self.hook);
                     flow.bytes
                 });
@@ -389,33 +408,36 @@ impl Place<'_> {
                 None => 0,
             })
         };
-        let wait = decide::wait(action, memory, now, self.skb.wire_len(self.hook))?;
+        let len = self.skb.wire_len(self.hook);
+        let latest = now + LONGEST;
+        let wait = decide::wait(action, memory, now, len, LONGEST.saturating_sub(delay))?;
         let by = delay + wait;
         let mut due = now;
         if by != 0 {
-            // TCP's own pacing (bbr) is a departure time too: add to it.
+            // TCP's own pacing (bbr) is a departure time too: add to it. Nobody paces a packet further ahead than we hold
+            // one; such a time stamp is of another clock.
             let from = match self.hook {
                 Direction::Egress => match self.skb.departure() {
-                    paced if paced > now && paced < now + FARTHEST => paced,
+                    paced if paced > now && paced < latest => paced,
                     _ => now,
                 },
                 Direction::Ingress => now,
             };
             due = from + by;
         }
+        if due > latest {
+            return None;
+        }
         if action.keep_order.load() != 0 {
             due = self.remember(|flow| {
-                if flow.last > due && flow.last < due + FARTHEST {
+                if flow.last > due && flow.last <= latest {
                     due = flow.last;
                 }
                 flow.last = due;
                 due
             });
         }
-        due = decide::slot(action, memory, n, due, self.skb.wire_len(self.hook));
-        if due > now + FARTHEST {
-            return None;
-        }
+        due = decide::slot(action, memory, n, due, len, latest)?;
         if ahead {
             self.rule.reordered.add(1);
         }
@@ -456,10 +478,17 @@ impl Place<'_> {
         // over a veth pair that is so where it arrives, too. A clone has no owner: delay one, and lose the original
         // without a word.
         self.note(self.order(), fate.due, now);
-        if self.skb.clone_redirect(lane, false) {
-            self.rule.delayed.add(1);
-        } else {
-            self.rule.failed.add(1);
+        match self.skb.clone_redirect(lane, false) {
+            0 => self.rule.delayed.add(1),
+            // The line is full.
+            NET_XMIT_DROP => self.rule.failed.add(1),
+            // It is gone (EINVAL) or down (NET_XMIT_CN of `noop_enqueue`), or there was no memory: the clone was never on its way. The
+            // fault must not become a cut-off because of that.
+            _ => {
+                self.rule.failed.add(1);
+                self.skb.clear_note();
+                return NEXT;
+            }
         }
         lose(self.table, self.hook)
     }
@@ -480,7 +509,7 @@ impl Place<'_> {
         } else {
             None
         };
-        let sent = if let Some(lane) = detour {
+        let error = if let Some(lane) = detour {
             self.note(if fate.corrupt { self.corruption() } else { self.order() }, fate.due, now);
             self.skb.clone_redirect(lane, false)
         } else {
@@ -488,7 +517,7 @@ impl Place<'_> {
             self.skb.clone_redirect(self.skb.ifindex(), matches!(self.hook, Direction::Ingress))
         };
         self.skb.clear_note();
-        if !sent {
+        if error != 0 {
             self.rule.failed.add(1);
         } else if late && detour.is_some() {
             self.rule.delayed.add(1);
@@ -587,6 +616,8 @@ pub fn squall_line_out(ctx: TcContext) -> i32 {
     } else {
         skb.set_queue(line::CPU_OF_FLOW);
     }
+    // sch_fq sends what has the priority of control packets at once (`fq_classify`). The veth pair would clear it anyway.
+    skb.clear_priority();
     skb.set_departure(note.due());
     NEXT
 }

@@ -167,6 +167,12 @@ impl<'a> Skb<'a> {
         field!(self, tstamp)
     }
 
+    /// Makes the packet one of no priority (`SO_PRIORITY`).
+    #[inline(always)]
+    pub(crate) fn clear_priority(&self) {
+        set_field!(self, 0, priority);
+    }
+
     #[inline(always)]
     pub(crate) fn set_departure(&self, at: u64) {
         set_field!(self, at, tstamp);
@@ -242,12 +248,13 @@ impl<'a> Skb<'a> {
         unsafe { bpf_set_hash(self.ptr, hash) };
     }
 
-    /// Sends a clone out of an interface, or lets it arrive there.
+    /// Sends a clone out of an interface, or lets it arrive there. 0, or why not: a negative error, or what the interface's queue
+    /// answered (`NET_XMIT_*`).
     #[inline(always)]
-    pub(crate) fn clone_redirect(&self, ifindex: u32, ingress: bool) -> bool {
+    pub(crate) fn clone_redirect(&self, ifindex: u32, ingress: bool) -> i64 {
         let flags = if ingress { u64::from(BPF_F_INGRESS) } else { 0 };
         // SAFETY: the context is valid.
-        (unsafe { bpf_clone_redirect(self.ptr, ifindex, flags) }) == 0
+        unsafe { bpf_clone_redirect(self.ptr, ifindex, flags) }
     }
 
     /// Tells the receiver of congestion, where both ends of the connection understand that (ECN).

@@ -193,6 +193,29 @@ async fn a_connection_is_cut_after_its_bytes() -> Result<()> {
     Ok(())
 }
 
+/// Clients and proxies take the same port again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_connection_over_the_same_ports_begins_to_count_anew() -> Result<()> {
+    const AFTER: usize = 100_000;
+    let mut bench = Bench::new("again").await?;
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    bench.lab.near.inside(|| Ok(std::fs::write(range, "40000 40000")?))?;
+    let listener = bench.lab.far.listen(7000)?;
+    let cut = Some(Cut { after_bytes: AFTER as u64 });
+    let injection =
+        bench.inject(NetworkFault { peers: vec![port(7000)], cut, ..NetworkFault::default() }).await?;
+    for n in 0..3 {
+        let mut pair =
+            Pair::new(&bench.lab.near, &listener, Lab::FAR).with_context(|| format!("connection {n}"))?;
+        ensure!(pair.client.local_addr()?.port() == 40000, "another port");
+        let arrived = until_cut(&mut pair, 2 * AFTER)?;
+        ensure!((AFTER / 2..=AFTER).contains(&arrived), "connection {n} was cut after {arrived} bytes");
+        ensure!(death(&mut pair.client)? == ErrorKind::ConnectionReset, "the near end was not reset");
+    }
+    bench.end(&injection.id).await?;
+    Ok(())
+}
+
 fn dns(answer: DnsAnswer, names: &[&str], addresses: &[&str], delay_ms: u64) -> NetworkFault {
     let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect();
     NetworkFault {

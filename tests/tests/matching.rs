@@ -13,7 +13,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use hickory_proto::rr::RecordType;
 use squall_proto::v1::{
-    Direction, Fragments, NetworkFault, Peer, Protocol, Refusal, Side, Sockets as Whose, TcpFlags,
+    Direction, Dns, DnsAnswer, Fragments, NetworkFault, Peer, Protocol, Refusal, Side, Sockets as Whose,
+    TcpFlags,
 };
 use squall_tests::{
     Bench, Lab, NameServer, Netns, Pair, Running, Sockets, Unified, ask, cidr, delay, drain, figure,
@@ -466,6 +467,98 @@ async fn loopback_is_hurt_where_it_is_meant() -> Result<()> {
     Ok(())
 }
 
+/// Peers on loopback beside others are hurt there, and what goes over it unhurt is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn loopback_is_hurt_beside_the_wire() -> Result<()> {
+    let mut bench = Bench::new("beside").await?;
+    let etc = Etc::new(&bench.lab.near)?;
+    // One who has no such file asks on loopback too.
+    let file = Path::new("/etc/resolv.conf").exists();
+    if file {
+        etc.write("resolv.conf", "nameserver 127.0.0.53\n")?;
+    }
+    let listeners = [7000, 7001, 7002].map(|port| bench.lab.near.listen(port));
+    let [local, _, both] = listeners.into_iter().collect::<Result<Vec<_>>>()?.try_into().expect("three");
+    let [remote, both_there] = [bench.lab.far.listen(7001)?, bench.lab.far.listen(7002)?];
+    // It sees that file.
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", bench.lab.near.name(), "sleep", "600"]);
+    let sleeper = Running::start("a sleeper", &command)?;
+    asleep(&sleeper)?;
+    let peers = vec![
+        Peer { ports: ports(7000), ..cidr("127.0.0.1/32") },
+        Peer { ports: ports(7001), ..cidr("10.99.0.2/32") },
+        port(7002),
+    ];
+    let injection =
+        bench.inject_into(process(sleeper.pid()), delay(100, Direction::Egress, peers.clone())).await?;
+    let took = |listener, address: &str| -> Result<f64> {
+        Ok(ms(Pair::new(&bench.lab.near, listener, address.parse()?)?.exchange()?))
+    };
+    for (listener, address) in [(&local, "127.0.0.1"), (&remote, "10.99.0.2"), (&both_there, "10.99.0.2")] {
+        let slow = took(listener, address)?;
+        ensure!((99.0..180.0).contains(&slow), "{slow} ms to {address} at {}", listener.local_addr()?);
+    }
+    // Named by its port alone, which is not about loopback.
+    let fast = took(&both, "127.0.0.1")?;
+    ensure!(fast < 50.0, "{fast} ms");
+    let said = bench.update(&injection.id, delay(100, Direction::Egress, vec![port(7002)])).await;
+    ensure!(said.is_err_and(|e| format!("{e:#}").contains("loopback")), "loopback was left");
+    bench.end(&injection.id).await?;
+
+    let own = partition(Direction::Both, vec![cidr("10.99.0.1/32"), cidr("10.99.0.3/32")]);
+    let dns = NetworkFault {
+        dns: Some(Dns { answer: DnsAnswer::Nxdomain.into(), ..Dns::default() }),
+        ..NetworkFault::default()
+    };
+    for (fault, address) in [(own, "10.99.0.1"), (dns, if file { "127.0.0.53" } else { "127.0.0.1" })] {
+        let injection = bench.inject_into(process(sleeper.pid()), fault).await?;
+        let warned = injection.warnings.iter().any(|warning| warning.contains(address));
+        ensure!(warned, "{address}: {:?}", injection.warnings);
+        bench.end(&injection.id).await?;
+    }
+    Ok(())
+}
+
+/// A packet on a VLAN passes the interface below too, and suffers once.
+#[tokio::test(flavor = "multi_thread")]
+async fn stacked_interfaces_hurt_a_packet_once() -> Result<()> {
+    let mut bench = Bench::new("stacked").await?;
+    for (netns, parent, end) in [(&bench.lab.near, "near0", 1), (&bench.lab.far, "far0", 2)] {
+        let added = netns.ip(&format!("link add link {parent} name v7 type vlan id 7"));
+        if added.as_ref().is_err_and(|e| format!("{e:#}").contains("Unknown device type")) {
+            println!("no VLAN devices here");
+            return Ok(());
+        }
+        added?;
+        netns.ip(&format!("addr add 10.98.7.{end}/24 dev v7"))?;
+        netns.ip("link set v7 up")?;
+    }
+    bench.settle()?;
+    wait_for("the VLAN to be there", Duration::from_secs(10), || {
+        Ok(reached(&bench.lab.near, "10.98.7.2")?.then_some(()))
+    })?;
+    let sleeper = Running::start("a sleeper", bench.lab.near.command("sleep").arg("600"))?;
+    asleep(&sleeper)?;
+    for direction in [Direction::Egress, Direction::Ingress] {
+        let injection = bench.inject_into(process(sleeper.pid()), delay(100, direction, vec![])).await?;
+        for address in ["10.98.7.2", "10.99.0.2"] {
+            let rtt = bench.lab.near.rtt_with(address)?;
+            ensure!((99.0..160.0).contains(&rtt), "{direction:?}: {rtt} ms to {address}");
+        }
+        ensure!(injection.warnings.iter().any(|w| w.contains("v7 left out")), "{:?}", injection.warnings);
+        bench.end(&injection.id).await?;
+    }
+    // Who is named is taken.
+    let near = bench.lab.near.path().display().to_string();
+    let injection = bench.inject_into(interface("v7", &near), delay(100, Direction::Egress, vec![])).await?;
+    let [vlan, below] = ["10.98.7.2", "10.99.0.2"].map(|address| bench.lab.near.rtt_with(address));
+    let (vlan, below) = (vlan?, below?);
+    ensure!((99.0..160.0).contains(&vlan) && below < 50.0, "{vlan} ms, {below} ms below");
+    bench.end(&injection.id).await?;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_outer_end_of_a_veth_pair_serves_the_target() -> Result<()> {
     let mut bench = Bench::with_agent_in("side", |lab| &lab.far).await?;
@@ -595,6 +688,71 @@ async fn only_the_targets_sockets_are_hurt() -> Result<()> {
     Ok(())
 }
 
+/// Waits until a process is where it was to go, and does nothing any more.
+fn asleep(sleeper: &Running) -> Result<()> {
+    wait_for("the sleeper to sleep", Duration::from_secs(10), || {
+        let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid()));
+        Ok(exe.is_ok_and(|exe| exe.ends_with("sleep")).then_some(()))
+    })
+}
+
+/// What arrives is known by what left: a flow is no longer the target's when somebody else sends in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flow_that_changes_hands_is_not_the_targets_any_more() -> Result<()> {
+    let mut bench = Bench::new("hands").await?;
+    let cgroup = Unified::new(&unique("hands"))?;
+    let sleeper = Running::start("a sleeper", &cgroup.wrap(bench.lab.near.command("sleep").arg("600")))?;
+    asleep(&sleeper)?;
+    let fault = NetworkFault { sockets: Whose::Target.into(), ..delay(200, Direction::Ingress, vec![]) };
+    let injection = bench.inject_into(process(sleeper.pid()), fault).await?;
+    // All pings to one address are one flow.
+    let mut theirs = bench.lab.near.command("ping");
+    theirs.args(["-n", "-c", "2", "-i", "0.5", "-W", "2", "10.99.0.2"]);
+    let said = String::from_utf8(cgroup.wrap(&theirs).output()?.stdout)?;
+    let hurt = figure(&bench.effect(&injection.id).await?, "delayed");
+    ensure!(hurt >= 2.0, "{hurt} answers to the target were late: {said}");
+    let rtt = bench.lab.near.rtt_with("10.99.0.2")?;
+    ensure!(rtt < 100.0, "{rtt} ms for somebody else");
+    bench.end(&injection.id).await?;
+    Ok(())
+}
+
+/// Segments come back by a device of the agent's, whose socket they have; whose they are is known by their flow.
+#[tokio::test(flavor = "multi_thread")]
+async fn segments_are_the_targets_as_their_packet_was() -> Result<()> {
+    const BYTES: usize = 400_000;
+    let mut bench = Bench::new("segments").await?;
+    let [hit, neighbour] = [Service::start(&bench.lab.near, 7001)?, Service::start(&bench.lab.near, 7002)?];
+    let fault = |per_segment| NetworkFault {
+        sockets: Whose::Target.into(),
+        per_segment,
+        ..delay(20, Direction::Egress, vec![])
+    };
+    let echo = |service: &Service, lab: &Lab| -> Result<()> {
+        let mut stream = lab.far.connect(SocketAddr::new(Lab::NEAR, service.port), SOON)??;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.write_all(format!("*2\r\n$4\r\nECHO\r\n${BYTES}\r\n").as_bytes())?;
+        stream.write_all(&vec![b'x'; BYTES])?;
+        stream.write_all(b"\r\n")?;
+        let mut answer = vec![0; BYTES];
+        Ok(stream.read_exact(&mut answer)?)
+    };
+    let target = process(hit.process.pid());
+    // Also where the rule learns only later that it is about segments.
+    let injection = bench.inject_into(target, fault(false)).await?;
+    bench.update(&injection.id, fault(true)).await?;
+    echo(&neighbour, &bench.lab)?;
+    let spared = figure(&bench.effect(&injection.id).await?, "matched");
+    ensure!(spared == 0.0, "{spared} packets of the neighbour's");
+    echo(&hit, &bench.lab)?;
+    let ended = bench.end(&injection.id).await?;
+    // Full segments of 1448 bytes, if not less.
+    let least = (BYTES / 1448) as f64;
+    let [matched, delayed] = ["matched", "delayed"].map(|name| figure(&ended, name));
+    ensure!(matched >= least && delayed >= least, "{matched} packets, {delayed} late, of at least {least}");
+    Ok(())
+}
+
 /// A process that shares its network with everybody, and has nothing by which to tell its packets.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_without_a_cgroup_of_its_own_is_refused() -> Result<()> {
@@ -606,10 +764,7 @@ async fn a_target_without_a_cgroup_of_its_own_is_refused() -> Result<()> {
     command.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(root);
     command.args(["nsenter", &format!("--net={}", bench.lab.near.path().display()), "sleep", "600"]);
     let sleeper = Running::start("a sleeper", &command)?;
-    wait_for("the sleeper to sleep", Duration::from_secs(10), || {
-        let exe = fs::read_link(format!("/proc/{}/exe", sleeper.pid()));
-        Ok(exe.is_ok_and(|exe| exe.ends_with("sleep")).then_some(()))
-    })?;
+    asleep(&sleeper)?;
     let fault = partition(Direction::Both, vec![port(7000)]);
     let said = bench.refused(process(sleeper.pid()), fault.clone()).await?;
     ensure!(said.contains("has no cgroup (v2) of its own") && said.contains("sockets: all"), "{said}");

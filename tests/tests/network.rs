@@ -9,13 +9,20 @@ use std::{
 
 use anyhow::{Context, Error, Result, ensure};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        socket::{setsockopt, sockopt},
+    },
     unistd::Pid,
 };
 use procfs::process::Process;
 use squall_lab::{round_trips, stats::quantile};
-use squall_proto::v1::{Delay, Direction, Loss, NetworkFault, Peer, PortRange, Protocol, Refusal};
-use squall_tests::{Bench, Dropper, Lab, MS, Probe, SECOND, Stream, cidr, delay, figure, partition};
+use squall_proto::v1::{
+    Delay, Direction, Loss, NetworkFault, Peer, PortRange, Protocol, Refusal, Side, Slots,
+};
+use squall_tests::{
+    Bench, Dropper, Lab, MS, Probe, SECOND, Sockets, Stream, cidr, delay, figure, interface, partition,
+};
 
 /// Median round-trip time in milliseconds.
 fn rtt(lab: &Lab, to: IpAddr) -> Result<f64> {
@@ -343,13 +350,124 @@ async fn filters_that_somebody_put_there_work_on_and_stay() -> Result<()> {
     bench.settle()?;
     for fault in [delay(20, Direction::Both, vec![]), loss(0.0001, Direction::Both)] {
         let counted = seen_by_others(&bench.lab)?;
+        let late = fault.delay.is_some();
         let injection = bench.inject(fault).await?;
-        ensure!(unanswered(&bench.lab, Lab::FAR)? < 0.01, "packets are lost");
+        let pings = bench.lab.near.ping(Lab::FAR, 5, Duration::from_millis(50))?;
+        ensure!(pings.loss() < 0.01, "packets are lost");
+        // Theirs ends what the kernel does about a packet, so ours has to come before.
+        ensure!((pings.median()? >= 40.0) == late, "{} ms", pings.median()?);
         let now = seen_by_others(&bench.lab)?;
         // The five pings, each once: not before and after its detour.
         ensure!(counted.zip(now).is_none_or(|(then, now)| now == then + 5), "{counted:?} then, {now:?} now");
         bench.end(&injection.id).await?;
     }
+    Ok(())
+}
+
+/// Others begin with preference 1, and end with what lets everything through.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_comes_before_the_foremost_filter_of_others() -> Result<()> {
+    let mut bench = Bench::new("foremost").await?;
+    bench.lab.near.tc("qdisc add dev near0 clsact")?;
+    // A program that returns TC_ACT_OK, and its verdict is the filter's.
+    let add = |lab: &Lab, way: &str, protocol: &str| {
+        let mut theirs = lab.near.command("tc");
+        theirs.args(["filter", "add", "dev", "near0", way, "protocol", protocol, "pref", "1"]);
+        let added = theirs.args(["bpf", "direct-action", "bytecode", "1,6 0 0 0,"]).status()?;
+        ensure!(added.success(), "{theirs:?}: {added}");
+        Ok(())
+    };
+    add(&bench.lab, "egress", "all")?;
+    add(&bench.lab, "ingress", "all")?;
+    bench.settle()?;
+    let injection = bench.inject(delay(20, Direction::Both, vec![])).await?;
+    let late = rtt(&bench.lab, Lab::FAR)?;
+    ensure!(late >= 40.0, "{late} ms\n{}", bench.lab.near.tc("filter show dev near0 egress")?);
+    bench.end(&injection.id).await?;
+    ensure!(rtt(&bench.lab, Lab::FAR)? < 20.0, "still delayed");
+
+    // Where nothing can come before it, that is said. TCX comes before all filters.
+    bench.lab.near.tc("filter del dev near0 egress pref 1")?;
+    add(&bench.lab, "egress", "ip")?;
+    bench.settle()?;
+    let fault = delay(20, Direction::Egress, vec![]);
+    if injection.mechanism.contains("TCX") {
+        let injection = bench.inject(fault).await?;
+        ensure!(rtt(&bench.lab, Lab::FAR)? >= 20.0, "not delayed");
+        bench.end(&injection.id).await?;
+    } else {
+        let said = bench.refused(bench.near(), fault).await?;
+        ensure!(said.contains("preference 1") && said.contains("near0"), "{said}");
+    }
+    Ok(())
+}
+
+/// One as the target's own, and one as the outer end of another target's.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_ports_of_one_interface_do_not_disturb_each_other() -> Result<()> {
+    let mut bench = Bench::with_agent_in("ports", |lab| &lab.far).await?;
+    let by_side =
+        || NetworkFault { side: Side::Host.into(), ..delay(30, Direction::Both, vec![cidr("10.99.0.0/24")]) };
+    let by_name = || delay(50, Direction::Both, vec![cidr("fd99::/64")]);
+    let late = |lab: &Lab| Ok::<_, Error>([rtt(lab, Lab::FAR)?, rtt(lab, Lab::FAR_V6)?]);
+    let like = |[v4, v6]: [f64; 2], expected: [f64; 2]| {
+        (v4 - expected[0]).abs() < 15.0 && (v6 - expected[1]).abs() < 15.0
+    };
+    for side_first in [false, true] {
+        let side = bench.inject_into(bench.near(), by_side()).await?;
+        let name = bench.inject_into(interface("far0", ""), by_name()).await?;
+        let both = late(&bench.lab)?;
+        ensure!(like(both, [60.0, 100.0]), "{both:?} ms with both");
+        let [first, second] = if side_first { [side, name] } else { [name, side] };
+        bench.revert(&first.id).await?;
+        let one = late(&bench.lab)?;
+        let expected = if side_first { [0.0, 100.0] } else { [60.0, 0.0] };
+        ensure!(like(one, expected), "{one:?} ms instead of {expected:?}");
+        bench.end(&second.id).await?;
+    }
+    Ok(())
+}
+
+/// A line is a device, which somebody may remove or bring down.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_their_line_packets_go_on_at_once() -> Result<()> {
+    let mut bench = Bench::new("no-line").await?;
+    for loss in ["set {} down", "del {}"] {
+        let injection = bench.inject(delay(50, Direction::Egress, vec![])).await?;
+        if !injection.mechanism.contains("sch_fq") {
+            println!("no line here: {}", injection.mechanism);
+            return Ok(());
+        }
+        ensure!(rtt(&bench.lab, Lab::FAR)? > 49.0, "not delayed");
+        let links = bench.lab.near.ip("-o link show")?;
+        let line = links.split_whitespace().find_map(|word| word.strip_prefix("squall")?.split_once('@'));
+        let (line, _) = line.with_context(|| format!("no line in {links}"))?;
+        bench.lab.near.ip(&format!("link {}", loss.replace("{}", &format!("squall{line}"))))?;
+        let pings = bench.lab.near.ping(Lab::FAR, 10, Duration::from_millis(20))?;
+        let late = pings.median()?;
+        ensure!(pings.loss() < 0.01 && late < 20.0, "{loss}: {} of pings lost, {late} ms", pings.loss());
+        let ended = bench.end(&injection.id).await?;
+        ensure!(figure(&ended, "failed") >= 10.0, "{loss}: {ended:?}");
+    }
+    Ok(())
+}
+
+/// sch_fq lets packets of the priority 7 go at once; what a rule delays is late whatever its sender thinks of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_of_every_priority_are_late() -> Result<()> {
+    let mut bench = Bench::new("priority").await?;
+    let injection = bench.inject(delay(100, Direction::Egress, vec![])).await?;
+    let sink = bench.lab.far.udp(Lab::FAR, 7000)?;
+    for priority in [0, 6, 7] {
+        let socket = bench.lab.near.udp(Lab::NEAR, 0)?;
+        setsockopt(&socket, sockopt::Priority, &priority)?;
+        let started = Instant::now();
+        socket.send_to(b"important", (Lab::FAR, 7000))?;
+        sink.recv(&mut [0; 16])?;
+        let took = started.elapsed();
+        ensure!(took >= Duration::from_millis(99), "{took:?} with the priority {priority}");
+    }
+    bench.end(&injection.id).await?;
     Ok(())
 }
 
@@ -441,6 +559,31 @@ async fn an_agent_that_hangs_takes_no_packet_with_it() -> Result<()> {
     Ok(())
 }
 
+/// The ring in front of a queue takes 16384 packets while the agent is busy elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_in_front_of_a_queue_is_counted() -> Result<()> {
+    const PACKETS: u32 = 20_000;
+    let mut bench = Bench::new("ring").await?;
+    let injection = bench.inject(delay(20, Direction::Egress, vec![])).await?;
+    if !injection.mechanism.contains("TAP") {
+        println!("no queue here: {}", injection.mechanism);
+        return Ok(());
+    }
+    let socket = bench.lab.near.udp(Lab::NEAR, 0)?;
+    bench.lab.near.ping(Lab::FAR, 1, Duration::from_millis(10))?;
+    let agent = Pid::from_raw(bench.agent.pid().cast_signed());
+    kill(agent, Signal::SIGSTOP)?;
+    let sent = (0..PACKETS).try_for_each(|_| socket.send_to(b"one of many", (Lab::FAR, 9)).map(drop));
+    kill(agent, Signal::SIGCONT)?;
+    sent?;
+    thread::sleep(Duration::from_millis(500));
+    let ended = bench.end(&injection.id).await?;
+    let failed = figure(&ended, "failed");
+    // Some were read before the agent stood still.
+    ensure!(failed >= 1000.0, "{failed} failed: {ended:?}");
+    Ok(())
+}
+
 /// How often each thread of a process has gone to sleep.
 fn naps(pid: i32) -> Result<HashMap<i32, u64>> {
     let tasks = Process::new(pid)?.tasks()?.flatten();
@@ -488,6 +631,13 @@ async fn what_is_wrong_is_refused_before_anything_changes() -> Result<()> {
         (
             with(|f| f.delay = Some(Delay { latency_ns: MS, jitter_ns: 2 * MS, ..Delay::default() })),
             "network.delay.jitter",
+        ),
+        (
+            NetworkFault {
+                slots: Some(Slots { min_ns: MS, max_ns: 20 * SECOND, ..Slots::default() }),
+                ..delay(50_000, Direction::Both, vec![])
+            },
+            "network.delay.latency",
         ),
         (NetworkFault::default(), "nothing"),
         (with(|f| f.peers = vec![cidr("10.0.0.0/40")]), "cidrs[0]"),

@@ -64,6 +64,8 @@ pub struct Action<T> {
     pub slot_packets: T,
     /// Bytes after which a slot is over; 0: any number.
     pub slot_bytes: T,
+    /// Longest time for which packets may wait for a slot, in nanoseconds.
+    pub slot_backlog: T,
     /// Bytes of a flow after which it is cut.
     pub cut_after: T,
     /// Not 0: GSO packets are segmented before anything is decided.
@@ -150,6 +152,9 @@ enum Stream {
     Reorder = 10,
     Slot = 12,
 }
+
+/// The longest time for which a packet can be held, in nanoseconds.
+pub const LONGEST: u64 = 60_000_000_000;
 
 /// Number of a packet's second copy, which is decided on for itself: above any number of packets.
 pub const COPY: u64 = 1 << 63;
@@ -264,51 +269,73 @@ pub fn delay(
 }
 
 /// For how many nanoseconds a packet of `len` bytes has to wait for the rate, its own time on the wire included. `None`
-/// where too much waits already.
+/// where too much waits already, or it would wait for longer than `most`: what is lost takes no time from those after it.
 #[inline(always)]
 #[must_use]
-pub fn wait(action: &Action<Cell>, memory: &Memory<Cell>, now: u64, len: u64) -> Option<u64> {
+pub fn wait(action: &Action<Cell>, memory: &Memory<Cell>, now: u64, len: u64, most: u64) -> Option<u64> {
     let byte_time = action.byte_time.load();
     if byte_time == 0 {
         return Some(0);
     }
-    let free_at = memory.free_at.load();
-    if free_at < now {
-        memory.free_at.store(now);
-    } else if free_at - now > action.backlog.load() {
-        return None;
-    }
     let len = len.wrapping_add(action.overhead.load());
     // Negative where the overhead says so.
     let len = if len >> 63 == 0 { len } else { 0 };
+    let takes = (len * byte_time) >> 24;
+    let burst = action.burst.load();
+    let free_at = memory.free_at.load();
+    let queued = free_at.saturating_sub(now);
+    if queued > action.backlog.load() || queued + takes > most + burst {
+        return None;
+    }
+    if free_at < now {
+        memory.free_at.store(now);
+    }
     // Packets on several CPUs add up, in whatever order.
-    memory.free_at.add((len * byte_time) >> 24);
-    Some(memory.free_at.load().saturating_sub(now).saturating_sub(action.burst.load()))
+    memory.free_at.add(takes);
+    Some(memory.free_at.load().saturating_sub(now).saturating_sub(burst))
 }
 
 /// When packet number `n` leaves that could leave at `due` (`CLOCK_MONOTONIC`, nanoseconds): at the next slot with room for it,
-/// and where there is none ahead, with one that is drawn from then on.
+/// and where there is none ahead, with one that is drawn from then on. `None` where too much waits already, or that would be
+/// after `latest`: what is lost takes no room from those after it.
 #[inline(always)]
 #[must_use]
-pub fn slot(action: &Action<Cell>, memory: &Memory<Cell>, n: u64, due: u64, len: u64) -> u64 {
+pub fn slot(
+    action: &Action<Cell>,
+    memory: &Memory<Cell>,
+    n: u64,
+    due: u64,
+    len: u64,
+    latest: u64,
+) -> Option<u64> {
     let (least, most) = (action.slot_min.load(), action.slot_max.load());
     if most == 0 {
-        return due;
+        return Some(due);
     }
-    let at = memory.slot_at.load();
+    let before = memory.slot_at.load();
     let (packets, bytes) = (action.slot_packets.load(), action.slot_bytes.load());
     let full = packets != 0 && memory.slot_packets.load() >= packets
         || bytes != 0 && memory.slot_bytes.load() >= bytes;
-    if at < due || full {
-        let from = if at < due { due } else { at };
+    let mut at = before;
+    let mut last = before;
+    if before < due || full {
+        let from = if before < due { due } else { before };
         let draw = hash(action.seed.load(), n, Stream::Slot as u64) >> 32;
-        memory.slot_at.store(from + least + scale(most - least, draw));
+        at = from + least + scale(most - least, draw);
+        // Not by the draw itself: of many that try, those with a near slot would get through.
+        last = from + most;
+    }
+    if last > latest || last - due > action.slot_backlog.load() {
+        return None;
+    }
+    if at != before {
+        memory.slot_at.store(at);
         memory.slot_packets.store(0);
         memory.slot_bytes.store(0);
     }
     memory.slot_packets.add(1);
     memory.slot_bytes.add(len);
-    memory.slot_at.load()
+    Some(at)
 }
 
 #[inline(always)]
@@ -394,6 +421,7 @@ mod user {
                 (&self.ecn, value.ecn),
                 (&self.slot_packets, value.slot_packets),
                 (&self.slot_bytes, value.slot_bytes),
+                (&self.slot_backlog, value.slot_backlog),
                 (&self.slot_min, value.slot_min),
                 (&self.slot_max, value.slot_max),
                 (&self.cut_after, value.cut_after),
@@ -663,8 +691,13 @@ mod tests {
 
     #[test]
     fn slots_come_in_time_and_take_what_they_may() {
-        let action = Action { slot_min: 10 * MS, slot_max: 20 * MS, slot_packets: 3, ..Action::new(7) };
+        let slot_backlog = 1000 * MS;
+        let action =
+            Action { slot_min: 10 * MS, slot_max: 20 * MS, slot_packets: 3, slot_backlog, ..Action::new(7) };
         let (cells, m) = (cells(&action), memory());
+        let slot = |cells: &Action<Cell>, m: &Memory<Cell>, n, due, len| {
+            slot(cells, m, n, due, len, u64::MAX).expect("there is room")
+        };
         // Ten at once leave by threes, then somebody much later.
         let mut slots: Vec<u64> = (0..10).map(|n| slot(&cells, &m, n, MS, 100)).collect();
         assert!(slots.chunks(3).all(|three| three.iter().all(|at| *at == three[0])), "{slots:?}");
@@ -689,6 +722,7 @@ mod tests {
         // 1 Mbit/s is 8 µs a byte.
         let action = cells(&Action { byte_time: 8_000 << 24, backlog: 100 * MS, ..Action::new(1) });
         let m = memory();
+        let wait = |action: &Action<Cell>, m: &Memory<Cell>, now, len| wait(action, m, now, len, LONGEST);
         assert_eq!(wait(&action, &m, MS, 1000), Some(8 * MS));
         assert_eq!(wait(&action, &m, MS, 1000), Some(16 * MS));
         assert_eq!(wait(&action, &m, 5 * MS, 1000), Some(20 * MS));
@@ -701,6 +735,60 @@ mod tests {
         let m = memory();
         let waits: Vec<u64> = (0..5).filter_map(|_| wait(&action, &m, MS, 1000)).collect();
         assert_eq!(waits, [0, 0, 0, 8 * MS, 16 * MS]);
+    }
+
+    /// Packets of 1000 bytes, one in so many milliseconds for three minutes: how many get through in each ten seconds, and
+    /// the longest wait.
+    fn overload(every: u64, fate: impl Fn(u64, u64) -> Option<u64>) -> ([u64; 18], u64) {
+        let (mut through, mut longest) = ([0; 18], 0);
+        for n in 0..180_000 / every {
+            let now = 1 + n * every * MS;
+            if let Some(due) = fate(n, now) {
+                through[(n * every / 10_000) as usize] += 1;
+                longest = longest.max(due - now);
+            }
+        }
+        (through, longest)
+    }
+
+    #[test]
+    fn four_times_what_a_rate_lets_through_does_not_cut_it_off() {
+        // 100 kbit/s, that is 12.5 packets a second, with netem's default queue, which lasts two minutes; and what may be
+        // added to it by a delay.
+        for latency in [0, 30_000 * MS, 59_000 * MS] {
+            let action = cells(&Action { byte_time: 80_000 << 24, backlog: 121_120 * MS, ..Action::new(1) });
+            let m = memory();
+            let (through, longest) = overload(20, |_, now| {
+                wait(&action, &m, now, 1000, LONGEST - latency).map(|wait| now + latency + wait)
+            });
+            assert!(longest <= LONGEST, "{longest}");
+            // At first the queue fills.
+            assert!(through.iter().all(|n| (124..=501).contains(n)), "{latency}: {through:?}");
+            assert!(through[8..].iter().all(|n| (124..=126).contains(n)), "{latency}: {through:?}");
+        }
+        // A packet that lasts longer than any can be held is lost, and those after it are not.
+        let (action, m) =
+            (cells(&Action { byte_time: 8_000_000 << 24, backlog: LONGEST, ..Action::new(1) }), memory());
+        assert_eq!(wait(&action, &m, MS, 65_000, LONGEST), None);
+        assert_eq!(wait(&action, &m, MS, 1000, LONGEST), Some(8000 * MS));
+    }
+
+    #[test]
+    fn ten_times_what_slots_take_does_not_cut_them_off() {
+        // Five packets in each 100 ms or so, and 500 a second.
+        for slot_backlog in [2_000 * MS, 2 * LONGEST] {
+            let action = cells(&Action {
+                slot_min: 80 * MS,
+                slot_max: 120 * MS,
+                slot_packets: 5,
+                slot_backlog,
+                ..Action::new(7)
+            });
+            let m = memory();
+            let (through, longest) = overload(2, |n, now| slot(&action, &m, n, now, 1000, now + LONGEST));
+            assert!(longest <= slot_backlog.min(LONGEST), "{longest}");
+            assert!(through[14..].iter().all(|n| (470..=530).contains(n)), "{slot_backlog}: {through:?}");
+        }
     }
 
     proptest! {

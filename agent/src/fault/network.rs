@@ -7,7 +7,7 @@ mod parse;
 mod words;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
@@ -17,13 +17,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
 use serde::{Deserialize, Serialize};
 use squall_common::{
     decide::{Action, LossModel, hash},
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, Ports},
-    table::endpoint,
+    table::{Direction, endpoint},
 };
 use squall_proto::v1;
 use tokio::{
@@ -43,7 +44,7 @@ use crate::{
         line::{self, Line},
         localnet,
         netns::Netns,
-        port::{Figures, Holder, Key, Owned, Spec, Support, place, random, settle},
+        port::{Figures, Holder, Key, Owned, Spec, Support, made_clsact, place, random, settle},
         resolve::{Files, Resolver},
         sockets,
         tc::{Interface, Netlink},
@@ -189,6 +190,10 @@ struct Live {
     cgroup: Option<Sockets>,
     /// Whether the interfaces are the node's own.
     node: bool,
+    /// Whether no interface was named.
+    whole: bool,
+    /// Which of them is the loopback interface, where it was not named.
+    loopback: Option<usize>,
 }
 
 impl Drop for Held {
@@ -207,7 +212,15 @@ impl Live {
     /// Writes the rules anew.
     fn apply(&self) -> Result<()> {
         for (i, rule) in self.rules.iter().enumerate() {
-            rule.change(self.fault.spec(self.seed, i, &self.names, self.cgroup.as_ref(), self.node))?;
+            let spec = self.fault.spec(
+                self.seed,
+                i,
+                &self.names,
+                self.cgroup.as_ref(),
+                self.node,
+                self.loopback == Some(i),
+            );
+            rule.change(spec)?;
         }
         Ok(())
     }
@@ -322,6 +335,12 @@ impl Fault for Network {
             if wanted.names().any(|name| !live.names.contains_key(name)) {
                 bail!("a live fault takes no new host names: revert it and inject another");
             }
+            // Whether it takes the loopback interface was decided by its peers.
+            if live.whole && wanted.whereabouts(&live.names) != live.fault.whereabouts(&live.names) {
+                bail!(
+                    "a live fault takes no peers on loopback beside others, nor others beside those: revert it and inject another"
+                );
+            }
             if wanted.action.seed != 0 {
                 live.seed = wanted.action.seed;
             }
@@ -372,13 +391,23 @@ impl Fault for Network {
 }
 
 impl Network {
-    /// The rule for the n-th interface. Interfaces draw from different sequences.
-    fn spec(&self, seed: u64, n: usize, names: &Names, sockets: Option<&Sockets>, node: bool) -> Spec {
+    /// The rule for the n-th interface. Interfaces draw from different sequences. `loopback`: it is the loopback interface, for the sake of
+    /// those peers that are there.
+    fn spec(
+        &self,
+        seed: u64,
+        n: usize,
+        names: &Names,
+        sockets: Option<&Sockets>,
+        node: bool,
+        loopback: bool,
+    ) -> Spec {
         let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
         clauses.extend(self.lifelines(node));
         clauses.extend(
             self.clauses(names)
                 .into_iter()
+                .filter(|clause| !loopback || on_loopback(clause))
                 .map(|clause| Clause { cgroups: sockets.map(|sockets| sockets.ids.clone()), ..clause }),
         );
         let seed = if n == 0 { seed } else { hash(seed, n as u64, 0) };
@@ -467,32 +496,49 @@ impl Network {
             || !sure(action.reorder.ratio)
     }
 
-    /// The interfaces the fault is for, of the calling thread's network namespace.
-    fn interfaces(&self, target: &Target, names: &Names, netlink: &mut Netlink) -> Result<Vec<Interface>> {
+    /// The interface that the fault or its target names.
+    fn named<'a>(&'a self, target: &'a Target) -> Option<&'a String> {
+        self.interface.as_ref().or(target.interface.as_ref())
+    }
+
+    /// Whether there are peers on the loopback interface, and peers elsewhere.
+    fn whereabouts(&self, names: &Names) -> [bool; 2] {
+        let clauses = self.clauses(names);
+        let elsewhere = |c: &Clause| c.cidrs.is_empty() || !c.cidrs.iter().all(is_loopback);
+        [clauses.iter().any(on_loopback), clauses.iter().any(elsewhere)]
+    }
+
+    /// The interfaces the fault is for, of the calling thread's network namespace, and those that are left out because all their
+    /// packets pass one of them too.
+    fn interfaces(
+        &self,
+        target: &Target,
+        names: &Names,
+        netlink: &mut Netlink,
+    ) -> Result<(Vec<Interface>, Vec<String>)> {
         let all = netlink.interfaces()?;
-        let loopback = self
-            .clauses(names)
-            .iter()
-            .all(|clause| !clause.cidrs.is_empty() && clause.cidrs.iter().all(is_loopback));
+        let [loopback, elsewhere] = self.whereabouts(names);
         // Our own devices carry packets that were matched already.
         let ours = |i: &Interface| i.name.starts_with("squall");
-        let chosen: Vec<Interface> = match self.interface.as_ref().or(target.interface.as_ref()) {
-            Some(name) => all.iter().filter(|i| i.name == *name).cloned().collect(),
-            None => all
-                .iter()
-                .filter(|i| i.up && i.loopback == loopback && i.link_header.is_some() && !ours(i))
-                .cloned()
-                .collect(),
+        let wanted = |i: &&Interface| {
+            let needed = if i.loopback { loopback } else { elsewhere };
+            let usable = i.up && needed && i.link_header.is_some() && !ours(i);
+            self.named(target).map_or(usable, |name| i.name == *name)
         };
-        if chosen.is_empty() {
+        let wanted: Vec<&Interface> = all.iter().filter(wanted).collect();
+        if wanted.is_empty() {
             let names: Vec<&str> = all.iter().map(|i| i.name.as_str()).collect();
             let names = names.join(", ");
-            match self.interface.as_ref().or(target.interface.as_ref()) {
+            match self.named(target) {
                 Some(name) => bail!("{target} has no interface {name}; it has {names}"),
                 None => bail!("{target} has no interface that is up, apart from loopback; it has {names}"),
             }
         }
-        Ok(chosen)
+        let stacked = |upper: &&&Interface| {
+            wanted.iter().any(|i| Some(i.index) == upper.lower || i.master == Some(upper.index))
+        };
+        let (left, chosen): (Vec<&Interface>, Vec<&Interface>) = wanted.iter().partition(stacked);
+        Ok((chosen.into_iter().cloned().collect(), left.into_iter().map(|i| i.name.clone()).collect()))
     }
 
     /// Addresses of all names it has. A name without any is an error: the fault would hurt nobody.
@@ -501,10 +547,21 @@ impl Network {
     }
 
     /// Where the programs go: the namespace, its interfaces, and whether they are the outer ends of the target's.
-    fn places(&self, target: &Target, names: &Names) -> Result<(target::Netns, Vec<Interface>, bool)> {
+    fn places(
+        &self,
+        target: &Target,
+        names: &Names,
+        warnings: &mut Vec<String>,
+    ) -> Result<(target::Netns, Vec<Interface>, bool)> {
         let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
         let open = Netns::open(netns)?;
-        let inner = open.run(|| self.interfaces(target, names, &mut Netlink::open()?))?;
+        let (inner, left) = open.run(|| self.interfaces(target, names, &mut Netlink::open()?))?;
+        if !left.is_empty() {
+            warnings.push(format!(
+                "{} left out: packets that pass there pass an interface below too, and suffer there; name an interface to choose",
+                left.join(", ")
+            ));
+        }
         if self.asked.side() != v1::Side::Host {
             return Ok((netns.clone(), inner, false));
         }
@@ -523,15 +580,45 @@ impl Network {
         Ok((own, ends.collect::<Result<_>>()?, true))
     }
 
+    /// What it is about that goes over the loopback interface, where it does not reach.
+    fn unhurt(&self, resolver: &Resolver, names: &Names) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let addresses = resolver.netns().run(|| Ok(getifaddrs()?.collect::<Vec<_>>())).unwrap_or_default();
+        let addresses: BTreeSet<IpAddr> =
+            addresses.iter().filter_map(|a| address_of(a.address.as_ref()?)).collect();
+        let named: Vec<Cidr> = self.clauses(names).into_iter().flat_map(|clause| clause.cidrs).collect();
+        for address in addresses {
+            // A network is meant for the others in it.
+            let own = Cidr::new(address, if address.is_ipv4() { 32 } else { 128 });
+            if own.is_some_and(|own| !is_loopback(&own) && named.contains(&own)) {
+                warnings.push(format!(
+                    "{address} is the target's own address: packets to it go over lo and are not hurt; inject into the interface lo for them"
+                ));
+            }
+        }
+        if self.dns.is_some() && self.asked.peers.is_empty() {
+            let servers = resolver.servers().unwrap_or_default();
+            if let Some(server) = servers.iter().find(|server| server.is_loopback()) {
+                warnings.push(format!(
+                    "the target's resolv.conf names {server}: queries to it go over lo and are not hurt; name it as a peer to hurt them"
+                ));
+            }
+        }
+        warnings
+    }
+
     fn plan_blocking(&self, target: &Target, support: &Support) -> Result<Planned<Undo>> {
         let netns = target.netns.as_ref().ok_or_else(|| anyhow!("{target} has no network namespace"))?;
         let open = Arc::new(Netns::open(netns)?);
-        let names = self.resolve(&Resolver::new(Arc::clone(&open), Files::of(target)))?;
+        let resolver = Resolver::new(Arc::clone(&open), Files::of(target));
+        let names = self.resolve(&resolver)?;
+        let mut warnings =
+            if self.named(target).is_none() { self.unhurt(&resolver, &names) } else { Vec::new() };
         let cgroup = self.cgroup_of(target)?;
         if cgroup.is_some() && !support.cgroups {
             bail!("this kernel does not know the cgroup (v2) of a socket; choose `sockets: all`");
         }
-        let (netns, interfaces, outside) = self.places(target, &names)?;
+        let (netns, interfaces, outside) = self.places(target, &names, &mut warnings)?;
         let seed = match self.action.seed {
             0 if self.draws() => random().max(1),
             seed => seed,
@@ -544,7 +631,7 @@ impl Network {
                 seed,
             },
             changes: Vec::new(),
-            warnings: Vec::new(),
+            warnings,
             mechanism: String::new(),
             seed: if self.draws() { seed } else { 0 },
         };
@@ -555,11 +642,15 @@ impl Network {
                 .push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
         }
         let cgroup = cgroup.map(|path| Sockets { path, ids: Vec::new(), endpoints: BTreeMap::new() });
-        let spec = self.spec(seed, 0, &names, cgroup.as_ref(), netns.own && !outside);
         let mut mechanisms = vec![hook_name(support.hook).to_owned()];
+        let mut changes = false;
         Netns::open(&netns)?.run(|| {
             let mut netlink = Netlink::open()?;
-            for interface in &interfaces {
+            for (i, interface) in interfaces.iter().enumerate() {
+                let loopback = interface.loopback && self.named(target).is_none();
+                let node = netns.own && !outside;
+                let spec = self.spec(seed, i, &names, cgroup.as_ref(), node, loopback);
+                changes |= spec.works() || spec.segments();
                 let undo = plan_interface(
                     support,
                     &mut netlink,
@@ -579,7 +670,7 @@ impl Network {
             }
             Ok(())
         })?;
-        if (spec.works() || spec.segments()) && !mechanisms.iter().any(|m| m.contains("TAP")) {
+        if changes && !mechanisms.iter().any(|m| m.contains("TAP")) {
             mechanisms.push("TAP queue".to_owned());
         }
         planned.mechanism = mechanisms.join("; ");
@@ -607,13 +698,19 @@ impl Network {
             (Arc::new(Netns::open(&own)?), false)
         };
         let present = place.run(|| Netlink::open()?.interfaces())?;
-        let mut live = Live { rules: Vec::new(), fault: self.clone(), seed: undo.seed, names, cgroup, node };
+        let (rules, fault, seed, loopback) = (Vec::new(), self.clone(), undo.seed, None);
+        let whole = self.named(target).is_none();
+        let mut live = Live { rules, fault, seed, names, cgroup, node, whole, loopback };
         for (i, planned) in undo.interfaces.iter().enumerate() {
             let interface = present
                 .iter()
                 .find(|interface| interface.index == planned.index && interface.name == planned.name)
                 .ok_or_else(|| anyhow!("{} is gone since the injection was planned", planned.name))?;
-            let spec = self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), node);
+            if interface.loopback && whole {
+                live.loopback = Some(i);
+            }
+            let spec =
+                self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), node, live.loopback == Some(i));
             crash::step("network.rule")?;
             live.rules.push(Owned::add(support, &place, interface, planned.outside, spec, window)?);
             crash::point("network.ruled");
@@ -641,7 +738,14 @@ fn plan_interface(
     };
     let place = place(undo.key(netns));
     undo.remains.clsact =
-        undo.remains.filters && (!netlink.has_clsact(interface.index)? || place.made_clsact());
+        undo.remains.filters && (!netlink.has_clsact(interface.index)? || made_clsact(undo.key(netns)));
+    if support.hook == Hook::Clsact {
+        // Somebody else's filters must not be in the way.
+        for way in [Direction::Egress, Direction::Ingress].into_iter().filter(|&way| spec.passes(way)) {
+            let hook = if outside { way.other() } else { way };
+            netlink.foremost(interface.index, hook).with_context(|| format!("attaching to {name}"))?;
+        }
+    }
     planned.changes.push(match support.hook {
         Hook::Tcx => format!("{name}: programs attached by TCX; ends with its link"),
         Hook::Clsact if undo.remains.clsact => {
@@ -731,6 +835,15 @@ impl Peer {
         clause.cidrs.extend(addresses.filter_map(|&a| Cidr::new(a, if a.is_ipv4() { 32 } else { 128 })));
         clause
     }
+}
+
+fn on_loopback(clause: &Clause) -> bool {
+    clause.cidrs.iter().any(is_loopback)
+}
+
+fn address_of(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| v4.ip().into());
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
 }
 
 fn is_loopback(cidr: &Cidr) -> bool {

@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "the maps are shared memory")]
 
 use std::{
+    collections::BTreeSet,
     io,
     ops::Deref,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
@@ -24,12 +25,16 @@ use aya::{
     },
     programs::{
         LinkOrder, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
-        tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions, qdisc_detach_program},
+        tc::{NlOptions, SchedClassifierLink, SchedClassifierLinkId, TcAttachOptions},
     },
     util::KernelVersion,
 };
 use aya_log::EbpfLogger;
-use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::{
+    errno::Errno,
+    net::if_::if_nametoindex,
+    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
+};
 use squall_common::{
     packet::Address,
     quantiles::{NORMAL, PARETO, PARETONORMAL, Quantiles},
@@ -44,7 +49,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-use super::{netns::Netns, steer};
+use super::{netns::Netns, steer, tc::Netlink};
 
 /// The object that build.rs compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/squall-tc"));
@@ -191,6 +196,16 @@ impl Programs {
                 tracing::debug!("detaching {}: {error:#}", program.name());
             }
         }
+        self.forget_filters();
+    }
+
+    /// From now on filters of these programs are nobody's.
+    fn forget_filters(&mut self) {
+        for program in Program::ALL {
+            if let Ok(info) = classifier(&mut self.ebpf, program).and_then(|p| Ok(p.info()?)) {
+                attached().remove(&info.id());
+            }
+        }
     }
 
     /// Gives the set to the next port. It is on no interface and has no rule any more.
@@ -311,12 +326,22 @@ impl Programs {
 
     /// Attaches a program to an interface of the calling thread's network namespace, before all others.
     pub fn attach(&mut self, program: Program, interface: &str, hook: Hook) -> Result<()> {
+        let loaded = classifier(&mut self.ebpf, program)?;
         let options = match hook {
             Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::first()),
-            // Priority 0: the kernel takes the one before the first (net/sched/cls_api.c, tcf_auto_prio).
-            Hook::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
+            Hook::Clsact => {
+                let index = if_nametoindex(interface).with_context(|| format!("looking for {interface}"))?;
+                let way = match program.hook() {
+                    TcAttachType::Egress => Direction::Egress,
+                    _ => Direction::Ingress,
+                };
+                let priority = Netlink::open()?.foremost(index, way)?;
+                // Before it is there, so that nobody takes it for a dead agent's.
+                attached().insert(loaded.info()?.id());
+                TcAttachOptions::Netlink(NlOptions { priority, ..NlOptions::default() })
+            }
         };
-        let link = classifier(&mut self.ebpf, program)?
+        let link = loaded
             .attach_with_options(interface, program.hook(), options)
             .with_context(|| format!("attaching {} to {interface}", program.name()))?;
         self.links.push((program, link));
@@ -379,19 +404,29 @@ impl Programs {
 impl Drop for Programs {
     fn drop(&mut self) {
         self.logger.abort();
+        self.forget_filters();
     }
 }
 
-/// Removes our filters from an interface of the calling thread's network namespace, whichever agent put them there.
+/// Removes our filters from an interface of the calling thread's network namespace, whichever agent put them there, except those that
+/// another port of this one needs. An interface that is gone has none.
 pub fn remove_filters(interface: &str) -> Result<()> {
-    for name in ["squall_egress", "squall_egress_510", "squall_ingress", "squall_ingress_510"] {
-        let hook = if name.contains("egress") { TcAttachType::Egress } else { TcAttachType::Ingress };
-        match qdisc_detach_program(interface, hook, name) {
-            Err(aya::programs::tc::TcError::IoError(e)) if e.kind() == io::ErrorKind::NotFound => {}
-            result => result.with_context(|| format!("removing the filter {name} from {interface}"))?,
-        }
-    }
-    Ok(())
+    let index = match if_nametoindex(interface) {
+        Ok(index) => index,
+        Err(Errno::ENODEV) => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("looking for {interface}")),
+    };
+    let mut netlink = Netlink::open()?;
+    let ours = netlink.filters(index)?.into_iter().filter(|filter| filter.name.starts_with("squall_"));
+    let needed = attached().clone();
+    ours.filter(|filter| !needed.contains(&filter.program)).try_for_each(|f| netlink.remove_filter(&f))
+}
+
+/// Ids of the programs that are filters because of this agent.
+static ATTACHED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+fn attached() -> MutexGuard<'static, BTreeSet<u32>> {
+    ATTACHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Whether the kernel can say to which cgroup (v2) a packet's socket belongs: `bpf_skb_cgroup_id` is there only with

@@ -6,8 +6,8 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
-use squall_common::line::QUEUES;
+use anyhow::{Result, bail};
+use squall_common::{line::QUEUES, table::Direction};
 
 use super::{proc, steer, tc::Netlink};
 use crate::crash;
@@ -66,10 +66,17 @@ pub fn owned(mark: Option<&str>) -> bool {
 }
 
 impl Line {
-    /// Makes the line of an interface in the calling thread's network namespace. What a dead agent left there goes first.
+    /// Makes the line of an interface in the calling thread's network namespace. What a dead agent left there goes first; that of another
+    /// living one stays.
     pub fn create(netlink: &mut Netlink, interface: u32, outside: bool, longest: Duration) -> Result<Self> {
-        Self::remove(netlink, interface, outside)?;
         let names = names(interface, outside);
+        for found in netlink.interfaces()?.into_iter().filter(|i| names.contains(&i.name)) {
+            let alias = found.alias.unwrap_or_default();
+            if alias != mark() && owned(Some(&alias)) {
+                bail!("{} is the line of another agent, which lives: {alias}", found.name);
+            }
+        }
+        Self::remove(netlink, interface, outside)?;
         crash::step("line.veth")?;
         let line = Self { ends: netlink.add_veth([&names[0], &names[1]], &mark(), QUEUES)? };
         if let Err(error) = line.resize(netlink, longest) {
@@ -105,7 +112,7 @@ impl Line {
     /// Packets that got lost between its ends, since it was made: a CPU takes no more than `net.core.netdev_max_backlog` of those
     /// that others hand it (`enqueue_to_backlog` in net/core/dev.c, 6.1).
     pub fn lost(self, netlink: &mut Netlink) -> Result<u64> {
-        self.ends.iter().map(|&end| netlink.lost_on_arrival(end)).sum()
+        self.ends.iter().map(|&end| netlink.lost(end, Direction::Ingress)).sum()
     }
 
     /// Removes the line of an interface. One that is not there is a success.
@@ -142,6 +149,28 @@ mod tests {
         assert!(all.iter().all(|name| is_name(name)));
         // A TAP device, and others' interfaces.
         assert!(!["squall0", "squall12", "squalla", "squall-a", "eth0a"].into_iter().any(is_name));
+    }
+
+    /// Needs root, and a kernel with sch_fq for the second half.
+    #[test]
+    fn privileged_another_agents_line_stays() {
+        let made = crate::host::netns::run_in_new(|| {
+            let mut netlink = Netlink::open()?;
+            let names = names(1, false);
+            let stat = proc::stat(1).expect("init lives");
+            let theirs = format!("{MARK}1 {}", stat.starttime);
+            netlink.add_veth([&names[0], &names[1]], &theirs, QUEUES)?;
+            let mut create = || Line::create(&mut netlink, 1, false, Duration::ZERO).map(drop);
+            let refused = create().expect_err("it is another's").to_string();
+            assert!(refused.starts_with("squall1") && refused.contains(&theirs), "{refused}");
+            // One of the same name that nobody owns is no reason.
+            Line::remove(&mut netlink, 1, false)?;
+            netlink.add_veth([&names[0], &names[1]], "squall-agent 1 0", QUEUES)?;
+            let made = Line::create(&mut netlink, 1, false, Duration::ZERO).map(drop);
+            assert!(!made.is_err_and(|e| e.to_string().contains("another agent")), "a dead one's");
+            Ok(())
+        });
+        made.expect("root");
     }
 
     #[test]

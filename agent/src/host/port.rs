@@ -7,7 +7,7 @@ mod figures;
 mod support;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::{BuildHasher, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -17,15 +17,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use squall_common::{
-    decide::{Action, Mode},
+    decide::{Action, LONGEST, Mode},
     histogram::BUCKETS,
-    packet::Protocol,
+    packet::{Address, Protocol},
     quantiles::Quantiles,
     rules::{Cidr, Clause, prefixes},
     sieve::Sieve,
-    table::{CLAUSES, Cell, Dimension, Direction, LANES, Lane, RULES, Rule},
+    table::{CGROUPS, CIDRS, CLAUSES, Cell, Dimension, Direction, ENDPOINTS, LANES, Lane, RULES, Rule},
 };
 
 use self::support::{attach_line, attach_tap};
@@ -97,11 +97,14 @@ impl Spec {
     pub fn longest(&self) -> Duration {
         // A table's entries reach four jitters.
         let delay = self.action.latency + 4 * self.action.jitter;
-        let held = Duration::from_nanos(delay + self.action.backlog + self.action.slot_max);
+        let held = delay + self.action.backlog + self.action.slot_backlog;
+        let held = Duration::from_nanos(held.min(LONGEST));
         held + self.dns.as_ref().map_or(Duration::ZERO, |dns| dns.delay)
     }
 
-    fn passes(&self, way: Direction) -> bool {
+    /// Whether it is about packets that go this way.
+    #[must_use]
+    pub fn passes(&self, way: Direction) -> bool {
         self.clauses.iter().any(|clause| match way {
             Direction::Egress => clause.egress,
             Direction::Ingress => clause.ingress,
@@ -128,6 +131,15 @@ pub struct Key {
     pub interface: u32,
     /// Whether what leaves the interface arrives at the target.
     pub outside: bool,
+}
+
+/// Where the clsact qdisc is ours: network namespace and interface, which two ports may share. The last of them removes it.
+static CLSACTS: Mutex<BTreeSet<(u64, u32)>> = Mutex::new(BTreeSet::new());
+
+/// Whether a port made the clsact qdisc of an interface.
+#[must_use]
+pub fn made_clsact(key: Key) -> bool {
+    lock(&CLSACTS).contains(&(key.netns, key.interface))
 }
 
 static PLACES: Mutex<Option<HashMap<Key, Arc<Place>>>> = Mutex::new(None);
@@ -176,12 +188,6 @@ impl Place {
         leaving.into_iter().try_for_each(|rule| port.remove(rule))
     }
 
-    /// Whether the open port made the interface's clsact qdisc.
-    #[must_use]
-    pub fn made_clsact(&self) -> bool {
-        lock(&self.port).as_ref().is_some_and(|port| port.made_clsact)
-    }
-
     /// What the open port changed so that the loopback interface takes packets from elsewhere.
     #[must_use]
     pub fn made_localnet(&self) -> localnet::Changed {
@@ -207,7 +213,7 @@ pub struct Owned {
     place: Arc<Place>,
     rule: usize,
     desk: Arc<Desk>,
-    /// What the port's line had lost before.
+    /// What the port's line and queues had lost before.
     lost_before: u64,
 }
 
@@ -249,7 +255,7 @@ impl Owned {
         self.cells().until.store(until.0);
     }
 
-    /// What the rule did so far. Of a line that several rules share, each has what all lost there.
+    /// What the rule did so far. Of a line or queue that several rules share, each has what all lost there.
     #[must_use]
     pub fn figures(&self) -> Figures {
         let rule = self.cells();
@@ -315,7 +321,6 @@ struct Port {
     attached: [bool; 2],
     line: Option<Line>,
     taps: [Option<Tap>; LANES],
-    made_clsact: bool,
     made_localnet: localnet::Changed,
     /// The longest time for which any rule holds a packet.
     longest: Duration,
@@ -352,7 +357,6 @@ impl Port {
             attached: [false; 2],
             line: None,
             taps: [const { None }; LANES],
-            made_clsact: false,
             made_localnet: localnet::Changed::default(),
             longest: Duration::ZERO,
             clauses: [const { None }; CLAUSES],
@@ -370,6 +374,7 @@ impl Port {
             .iter()
             .position(|&used| !used)
             .ok_or_else(|| anyhow!("{} has {RULES} rules already", self.interface.name))?;
+        self.room(None, &spec)?;
         self.prepare(&spec)?;
         crash::step("port.write")?;
         let cells = &self.desk.table.rules[rule];
@@ -395,16 +400,22 @@ impl Port {
         Ok(rule)
     }
 
-    /// Packets that got lost in its line, as far as the kernel says.
+    /// Packets that got lost in its line, or before its queues took them, as far as the kernel says.
     fn lost(&self) -> u64 {
-        let Some(line) = self.line else { return 0 };
-        self.netns.run(|| line.lost(&mut Netlink::open()?)).unwrap_or_else(|error| {
-            tracing::debug!("what the line of {} lost: {error:#}", self.interface.name);
+        let lost = || {
+            let mut netlink = Netlink::open()?;
+            let line = self.line.map_or(Ok(0), |line| line.lost(&mut netlink))?;
+            let taps = self.taps.iter().flatten().map(|tap| netlink.lost(tap.index(), Direction::Egress));
+            Ok(line + taps.sum::<Result<u64>>()?)
+        };
+        self.netns.run(lost).unwrap_or_else(|error| {
+            tracing::debug!("what was lost on the detours of {}: {error:#}", self.interface.name);
             0
         })
     }
 
     fn change(&mut self, rule: usize, spec: Spec) -> Result<()> {
+        self.room(Some(rule), &spec)?;
         self.prepare(&spec)?;
         self.attach(&spec)?;
         let clauses = &spec.clauses;
@@ -412,7 +423,7 @@ impl Port {
         let same = old.iter().filter_map(|&slot| self.clauses[slot].as_ref().map(|(_, c)| c)).eq(clauses);
         if !same {
             let after = old.last().map_or(0, |last| last + 1);
-            if self.free() >= clauses.len() {
+            if self.room(None, &spec).is_ok() {
                 // The new ones behind the old, then the old ones away, exceptions last: no packet passes in between.
                 self.insert(after, rule, clauses)?;
                 let kept = clauses.len();
@@ -471,15 +482,44 @@ impl Port {
     fn write_endpoints(&mut self, rule: usize, endpoints: BTreeMap<u32, u64>) -> Result<()> {
         self.endpoints.insert(rule, endpoints);
         let all: BTreeMap<u32, u64> = self.endpoints.values().flatten().map(|(&e, &id)| (e, id)).collect();
-        for (endpoint, id) in &all {
-            if self.listening.get(endpoint) != Some(id) {
-                self.programs.set_endpoint(*endpoint, Some(*id))?;
+        for endpoint in missing(&self.listening, &all) {
+            self.programs.set_endpoint(endpoint, None)?;
+            self.listening.remove(&endpoint);
+        }
+        for (endpoint, id) in all {
+            if self.listening.get(&endpoint) != Some(&id) {
+                self.programs.set_endpoint(endpoint, Some(id))?;
+                self.listening.insert(endpoint, id);
             }
         }
-        for endpoint in self.listening.keys().filter(|endpoint| !all.contains_key(endpoint)) {
-            self.programs.set_endpoint(*endpoint, None)?;
+        Ok(())
+    }
+
+    /// Refuses where the maps have no room for a rule, beside all others or instead of one.
+    fn room(&self, instead_of: Option<usize>, spec: &Spec) -> Result<()> {
+        let stay = self.clauses.iter().flatten().filter(|(rule, _)| Some(*rule) != instead_of);
+        let all: Vec<&Clause> = stay.map(|(_, clause)| clause).chain(&spec.clauses).collect();
+        let peers = prefixes(all.iter().map(|clause| (0, *clause)));
+        let v4 = peers.keys().filter(|cidr| matches!(cidr.address(), Address::V4(_))).count();
+        let cgroups: BTreeSet<u64> =
+            all.iter().flat_map(|clause| clause.cgroups.iter().flatten()).copied().collect();
+        let listening = self.endpoints.iter().filter(|(rule, _)| Some(**rule) != instead_of);
+        let listening: BTreeSet<u32> =
+            listening.flat_map(|(_, of_rule)| of_rule.keys()).chain(spec.endpoints.keys()).copied().collect();
+        let cidrs = CIDRS as usize;
+        for (what, count, most) in [
+            ("peers and exceptions", all.len(), CLAUSES),
+            ("CIDRs of IPv4", v4, cidrs),
+            ("CIDRs of IPv6", peers.len() - v4, cidrs),
+            ("cgroups", cgroups.len(), CGROUPS as usize),
+            ("ports on which targets listen", listening.len(), ENDPOINTS as usize),
+        ] {
+            ensure!(
+                count <= most,
+                "{count} {what} are too many for {}, those of other injections included: at most {most}",
+                self.interface.name
+            );
         }
-        self.listening = all;
         Ok(())
     }
 
@@ -488,16 +528,8 @@ impl Port {
         (0..CLAUSES).filter(|&slot| of_rule(&self.clauses[slot])).collect()
     }
 
-    fn free(&self) -> usize {
-        self.clauses.iter().filter(|slot| slot.is_none()).count()
-    }
-
-    /// Puts clauses at a place in the order, moving others where it must. What is live stays live.
+    /// Puts clauses, for which there is room, at a place in the order, moving others where it must. What is live stays live.
     fn insert(&mut self, at: usize, rule: usize, clauses: &[Clause]) -> Result<()> {
-        if clauses.len() > self.free() {
-            let (free, name) = (self.free(), &self.interface.name);
-            bail!("{} peers are too many for {name}: {free} of {CLAUSES} are left", clauses.len());
-        }
         let mut at = at;
         let fits =
             at + clauses.len() <= CLAUSES && self.clauses[at..at + clauses.len()].iter().all(Option::is_none);
@@ -597,28 +629,38 @@ impl Port {
         // What is new passes the sieve before it is there, and what is old until it is gone.
         let sieve = Sieve::new(peers.keys());
         self.write_sieve(&sieve, Cell::set);
+        // One by one, so that it is known what is in the maps where writing fails half-way.
         for (cidr, set) in &peers {
             if self.trie.get(cidr) != Some(set) {
                 self.programs.set_peers(cidr, *set)?;
+                self.trie.insert(*cidr, *set);
             }
         }
-        for cidr in self.trie.keys().filter(|cidr| !peers.contains_key(cidr)) {
-            self.programs.remove_peers(cidr)?;
+        for cidr in missing(&self.trie, &peers) {
+            self.programs.remove_peers(&cidr)?;
+            self.trie.remove(&cidr);
         }
         self.write_sieve(&sieve, Cell::store);
-        self.trie = peers;
         for (id, set) in &cgroups {
             if self.cgroups.get(id) != Some(set) {
                 self.programs.set_cgroup(*id, *set)?;
+                self.cgroups.insert(*id, *set);
             }
         }
-        for id in self.cgroups.keys().filter(|id| !cgroups.contains_key(id)) {
-            self.programs.remove_cgroup(*id)?;
+        for id in missing(&self.cgroups, &cgroups) {
+            self.programs.remove_cgroup(id)?;
+            self.cgroups.remove(&id);
         }
-        self.cgroups = cgroups;
-        let asks = clauses().any(|(_, clause)| clause.ingress && clause.cgroups.is_some());
-        self.programs.table().owners.store(u64::from(asks));
+        self.write_owners();
         Ok(())
+    }
+
+    /// Says whether somebody asks whose a packet is that has no socket: one that arrives, or a segment.
+    fn write_owners(&self) {
+        let segments = self.taps[Lane::Segment.index(Direction::Egress)].is_some();
+        let mut clauses = self.clauses.iter().flatten();
+        let asks = clauses.any(|(_, clause)| (clause.ingress || segments) && clause.cgroups.is_some());
+        self.programs.table().owners.store(u64::from(asks));
     }
 
     fn write_sieve(&self, sieve: &Sieve, write: impl Fn(&Cell, u64)) {
@@ -681,7 +723,7 @@ impl Port {
                 if !netlink.has_clsact(self.interface.index)? {
                     crash::step("port.clsact")?;
                     netlink.add_clsact(self.interface.index)?;
-                    self.made_clsact = true;
+                    lock(&CLSACTS).insert((self.netns.inode(), self.interface.index));
                 }
             }
             for hook in missing {
@@ -764,14 +806,17 @@ impl Port {
         crash::step("port.tap.queue")?;
         let index = lane.index(hook);
         let tap = device.start(index, Arc::clone(&self.desk), answers)?;
-        self.programs.table().lane[index].store(u64::from(tap.index()));
+        let device = u64::from(tap.index());
         self.taps[index] = Some(tap);
+        self.write_owners();
+        self.programs.table().lane[index].store(device);
         Ok(())
     }
 
     /// Takes everything back.
     fn close(self) -> Result<()> {
         let (netns, name) = (Arc::clone(&self.netns), self.interface.name.clone());
+        let netns_inode = netns.inode();
         // All of it inside: a filter that is dropped elsewhere would take another's with it.
         netns
             .run(move || {
@@ -779,6 +824,8 @@ impl Port {
                 for rule in 0..RULES {
                     port.remove(rule)?;
                 }
+                // Nothing may be left for the next interface, also where writing failed before.
+                port.write_maps()?;
                 let Self {
                     interface,
                     outside,
@@ -786,7 +833,6 @@ impl Port {
                     attached,
                     line,
                     taps,
-                    made_clsact,
                     made_localnet,
                     longest,
                     support,
@@ -816,9 +862,13 @@ impl Port {
                     crash::step("port.close.line")?;
                     Line::remove(&mut netlink, interface.index, outside)?;
                 }
-                if made_clsact {
+                let clsact = (netns_inode, interface.index);
+                if lock(&CLSACTS).remove(&clsact) {
                     crash::step("port.close.clsact")?;
                     netlink.remove_empty_clsact(interface.index)?;
+                    if netlink.has_clsact(interface.index)? {
+                        lock(&CLSACTS).insert(clsact);
+                    }
                 }
                 crash::step("port.close.localnet")?;
                 localnet::set(made_localnet, false)?;
@@ -828,6 +878,11 @@ impl Port {
             })
             .with_context(|| format!("taking our programs off {name}"))
     }
+}
+
+/// The keys of a map that another has not.
+fn missing<K: Ord + Copy, V>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> Vec<K> {
+    old.keys().filter(|key| !new.contains_key(key)).copied().collect()
 }
 
 /// What a packet that no rule matches costs above an empty program, measured with these rules in a network namespace of

@@ -126,6 +126,12 @@ impl Resolver {
         Self { netns, files }
     }
 
+    /// The name servers that the target asks.
+    pub fn servers(&self) -> Result<Vec<IpAddr>> {
+        let [conf, _] = self.files.read()?;
+        Ok(parse_conf(&conf).get_nameservers_or_local().iter().map(IpAddr::from).collect())
+    }
+
     /// All addresses of a name, ascending, each once; never none. The files are read each time. A name that the hosts
     /// file has is not asked for; else the servers are asked one after the other until one knows, with the search
     /// domains and `ndots` that resolv.conf gives. nsswitch.conf and the domain of the target's own host name do not

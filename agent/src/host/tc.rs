@@ -19,6 +19,8 @@ use rtnetlink::{
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
 };
 
+use squall_common::table::Direction;
+
 use crate::crash;
 
 /// An interface.
@@ -36,6 +38,10 @@ pub struct Interface {
     pub alias: Option<String>,
     /// Index of the interface at the other end, in whichever network namespace that is.
     pub peer: Option<u32>,
+    /// Index of the interface through which its packets go next, where it is a VLAN of that one.
+    pub lower: Option<u32>,
+    /// Index of the interface of which it is a part: a bond, a bridge.
+    pub master: Option<u32>,
     /// Length of the header in front of the network layer; `None` for link layers we know nothing about.
     pub link_header: Option<u8>,
 }
@@ -58,6 +64,8 @@ pub struct Filter {
     pub name: String,
     /// Id of its eBPF program.
     pub program: u32,
+    /// Where it is.
+    header: TcHeader,
 }
 
 /// A connection to the kernel's tables in one network namespace.
@@ -89,8 +97,8 @@ impl Netlink {
             .collect())
     }
 
-    /// Packets that an interface lost when they arrived, since it was made.
-    pub fn lost_on_arrival(&mut self, index: u32) -> Result<u64> {
+    /// Packets that an interface lost when they arrived or when they left, since it was made.
+    pub fn lost(&mut self, index: u32, way: Direction) -> Result<u64> {
         let mut link = LinkMessage::default();
         link.header.index = index;
         let replies = self
@@ -98,7 +106,10 @@ impl Netlink {
             .with_context(|| format!("asking for the counters of interface {index}"))?;
         let counted = replies.into_iter().find_map(|reply| match reply {
             RouteNetlinkMessage::NewLink(link) => link.attributes.into_iter().find_map(|a| match a {
-                LinkAttribute::Stats64(stats) => Some(stats.rx_dropped),
+                LinkAttribute::Stats64(stats) => Some(match way {
+                    Direction::Egress => stats.tx_dropped,
+                    Direction::Ingress => stats.rx_dropped,
+                }),
                 _ => None,
             }),
             _ => None,
@@ -231,6 +242,27 @@ impl Netlink {
         Ok(found)
     }
 
+    /// Removes a filter. One that is gone, maybe with its interface, is a success.
+    pub fn remove_filter(&mut self, filter: &Filter) -> Result<()> {
+        let mut message = TcMessage::default();
+        message.header = filter.header.clone();
+        match self.call(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK) {
+            Err(e) if !is_gone(&e) => Err(e.context(format!("removing the filter {}", filter.name))),
+            _ => Ok(()),
+        }
+    }
+
+    /// The preference with which a new filter for eBPF comes before all others in the clsact qdisc of an interface; 0 where there are
+    /// none. The kernel's own choice would not do: it is 49152 also beside a lower one (`tcf_auto_prio`, net/sched/cls_api.c, 6.1).
+    pub fn foremost(&mut self, index: u32, way: Direction) -> Result<u16> {
+        let parent = match way {
+            Direction::Egress => FILTERS_EGRESS,
+            Direction::Ingress => FILTERS_INGRESS,
+        };
+        let all = if self.has_clsact(index)? { self.filters_at(index, parent)? } else { Vec::new() };
+        foremost(&all).with_context(|| format!("on interface {index}"))
+    }
+
     fn filters_at(&mut self, index: u32, parent: TcHandle) -> Result<Vec<TcMessage>> {
         let mut message = TcMessage::with_index(index as i32);
         message.header.parent = parent;
@@ -304,6 +336,28 @@ fn is_gone(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|e| gone.contains(&e.raw_os_error()))
 }
 
+fn foremost(filters: &[TcMessage]) -> Result<u16> {
+    const ETH_P_ALL: u16 = 3;
+    // A packet comes to other chains only by a filter of this one.
+    let elsewhere = |a: &TcAttribute| matches!(a, TcAttribute::Chain(chain) if *chain != 0);
+    let here = filters.iter().filter(|filter| !filter.attributes.iter().any(elsewhere));
+    let Some(first) = here.min_by_key(|filter| filter.header.info >> 16) else { return Ok(0) };
+    let kind = first.attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Kind(kind) => Some(kind.as_str()),
+        _ => None,
+    });
+    match (first.header.info >> 16) as u16 {
+        // Filters of the same kind may share a preference, and a new one comes first there (`cls_bpf_change`, net/sched/cls_bpf.c, 6.1).
+        1 if kind == Some("bpf") && first.header.info as u16 == ETH_P_ALL.to_be() => Ok(1),
+        preference @ 0..=1 => bail!(
+            "a filter of the kind {} has preference {preference}, so none of ours can come before it, and packets may never get to ours; \
+             give it another preference",
+            kind.unwrap_or("unknown")
+        ),
+        preference => Ok(preference - 1),
+    }
+}
+
 fn clsact(index: u32) -> TcMessage {
     let mut message = TcMessage::with_index(index as i32);
     message.header = TcHeader {
@@ -353,10 +407,20 @@ fn interface(link: &LinkMessage) -> Interface {
         LinkAttribute::Link(index) => Some(*index),
         _ => None,
     });
+    let has = |f: fn(&LinkAttribute) -> bool| link.attributes.iter().any(f);
+    let vlan = |a: &LinkAttribute| matches!(a, LinkAttribute::LinkInfo(all) if all.contains(&LinkInfo::Kind(InfoKind::Vlan)));
+    // With the id of a namespace it is an index of that one.
+    let vlan_here = has(vlan) && !has(|a| matches!(a, LinkAttribute::LinkNetNsId(_)));
+    let master = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    });
     Interface {
         name: name.unwrap_or_default(),
         alias,
         peer,
+        lower: peer.filter(|_| vlan_here),
+        master,
         index: link.header.index,
         up: link.header.flags.contains(LinkFlags::Up),
         loopback: link.header.flags.contains(LinkFlags::Loopback),
@@ -377,7 +441,7 @@ fn filter(message: &TcMessage) -> Option<Filter> {
         TcAttribute::Options(options) => Some(options),
         _ => None,
     })?;
-    let mut found = Filter::default();
+    let mut found = Filter { header: message.header.clone(), ..Filter::default() };
     for option in options {
         let TcOption::Other(all) = option else { continue };
         let mut bytes = vec![0; all.value_len()];
@@ -411,4 +475,28 @@ fn qdisc(message: &TcMessage) -> Qdisc {
         }
     }
     qdisc
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_of_ours_comes_before_all_others_or_nowhere() {
+        let filter = |preference: u32, protocol: u16, kind: &str, chain: Option<u32>| {
+            let mut message = TcMessage::default();
+            message.header.info = preference << 16 | u32::from(protocol.to_be());
+            message.attributes.push(TcAttribute::Kind(kind.to_owned()));
+            message.attributes.extend(chain.map(TcAttribute::Chain));
+            message
+        };
+        let all = |filters: &[TcMessage]| foremost(filters).ok();
+        assert_eq!(all(&[]), Some(0));
+        assert_eq!(all(&[filter(49152, 3, "bpf", None)]), Some(49151));
+        assert_eq!(all(&[filter(9, 3, "u32", Some(0)), filter(7, 0x800, "flower", None)]), Some(6));
+        assert_eq!(all(&[filter(2, 3, "bpf", None), filter(1, 3, "bpf", None)]), Some(1));
+        assert_eq!(all(&[filter(1, 0x800, "bpf", None)]), None, "of IPv4 only");
+        assert_eq!(all(&[filter(1, 3, "u32", None)]), None);
+        assert_eq!(all(&[filter(1, 3, "u32", Some(4))]), Some(0), "another chain");
+    }
 }

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, time::Duration};
 
 use squall_common::{
-    decide::{Action, Chance, LossModel, Mode, threshold},
+    decide::{Action, Chance, LONGEST, LossModel, Mode, threshold},
     packet::Protocol,
     quantiles::Quantiles,
     rules::{Cidr, Clause, Flags, Ports},
@@ -19,9 +19,13 @@ use crate::{
 };
 
 /// The longest delay, and the longest queue for a rate. `sch_fq` is told to keep packets longer (`HORIZON` in host/tc.rs).
-const LONGEST_DELAY: Duration = Duration::from_mins(1);
-/// What may wait for a rate unless something else is asked for: netem's default queue of full Ethernet frames.
-const DEFAULT_LIMIT: u64 = 1000 * 1514;
+const LONGEST_DELAY: Duration = Duration::from_nanos(LONGEST);
+/// What may wait for slots, and for a rate unless something else is asked for: netem's default queue of full Ethernet frames.
+const DEFAULT_PACKETS: u64 = 1000;
+/// See [`DEFAULT_PACKETS`].
+const DEFAULT_LIMIT: u64 = DEFAULT_PACKETS * FRAME;
+/// A full Ethernet frame.
+const FRAME: u64 = 1514;
 /// Port of DNS.
 const DOMAIN: u16 = 53;
 
@@ -71,6 +75,7 @@ impl Network {
         reorder(&asked, &mut action)?;
         rate(&asked, &mut action)?;
         slots(&asked, &mut action)?;
+        together(&action)?;
         if asked.partition {
             action.loss = threshold(1.0);
             action.loss_model = LossModel::Ratio as u64;
@@ -236,6 +241,10 @@ fn slots(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(), Inval
     }
     (action.slot_min, action.slot_max) = (slots.min_ns, slots.max_ns);
     (action.slot_packets, action.slot_bytes) = (slots.packets, slots.bytes);
+    // The slot that is next, and as many as netem's default queue fills.
+    let filled = |all: u64, one: u64| if one == 0 { 0 } else { all.div_ceil(one) };
+    let slots = filled(DEFAULT_PACKETS, slots.packets).max(filled(DEFAULT_LIMIT, slots.bytes)) + 1;
+    action.slot_backlog = slots.saturating_mul(action.slot_max).min(LONGEST);
     Ok(())
 }
 
@@ -346,9 +355,22 @@ fn rate(asked: &v1::NetworkFault, action: &mut Action<u64>) -> Result<(), Invali
     }
     action.byte_time = ((8_000_000_000_u128 << 24) / u128::from(bits)) as u64;
     action.burst = time(rate.burst_bytes);
-    action.backlog = (time(limit) + action.burst).min(2 * LONGEST_DELAY.as_nanos() as u64);
+    action.backlog = time(limit).min(LONGEST) + action.burst;
     action.overhead = i64::from(rate.overhead_bytes) as u64;
     Ok(())
+}
+
+/// Refuses where every packet would be lost: a delay, the time of a packet at the rate and a slot come one after the other.
+fn together(action: &Action<u64>) -> Result<(), Invalid> {
+    let sum =
+        action.latency + action.slot_max + ((FRAME * action.byte_time) >> 24).saturating_sub(action.burst);
+    if action.latency == 0 || sum <= LONGEST {
+        return Ok(());
+    }
+    let problem = "with the time a full packet takes at the rate and the longest slot it is longer than a packet can be held";
+    let given = format!("{:?}", Duration::from_nanos(action.latency));
+    let fix = format!("at most {LONGEST_DELAY:?} together");
+    Err(Invalid::new("network.delay.latency", given, problem, fix))
 }
 
 fn dns_of(dns: &v1::Dns, peers: &mut [Peer]) -> Result<Dns, Invalid> {

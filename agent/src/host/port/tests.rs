@@ -285,3 +285,41 @@ async fn privileged_a_rule_begins_with_what_the_one_before_it_was_late() {
     assert_eq!(begun, [0, 9_000, 7_000, 7_000, 8_000, 16_000]);
     port.close().expect("closed");
 }
+
+/// What does not fit is refused before anything of it is written, and what fits only without the old is exchanged. Needs root.
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_a_rule_that_does_not_fit_leaves_nothing_behind() {
+    let mut port = scratch().expect("root, and a kernel with eBPF");
+    let netns = Arc::clone(&port.netns);
+    let hosts = |first: u32, count: u32| {
+        let cidr = |n: u32| Cidr::new(IpAddr::from((0x0a00_0000 + n).to_be_bytes()), 32).expect("a host");
+        let cidrs = (first..first + count).map(cidr).collect();
+        let clauses = vec![Clause { egress: true, cidrs, ..Clause::default() }];
+        Spec { clauses, action: Action::new(1), quantiles: None, dns: None, endpoints: BTreeMap::new() }
+    };
+    let error = port.add(hosts(0, CIDRS + 1), ALWAYS).expect_err("there is no room");
+    assert!(
+        error.to_string().contains("65537 CIDRs of IPv4") && error.to_string().contains("65536"),
+        "{error}"
+    );
+    let mut many = hosts(0, 1);
+    many.endpoints = (0..=ENDPOINTS).map(|endpoint| (endpoint, 1)).collect();
+    let error = port.add(many, ALWAYS).expect_err("there is no room");
+    assert!(error.to_string().contains("4097 ports"), "{error}");
+
+    let rule = port.add(hosts(0, 40_000), ALWAYS).expect("it fits");
+    port.change(rule, hosts(50_000, 40_000)).expect("it fits without the old");
+    let matched = |port: &mut Port, n: u32| {
+        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0];
+        let packet = PacketBuilder::ipv4([10, 9, 9, 9], (0x0a00_0000 + n).to_be_bytes(), 9).udp(1, 2);
+        packet.write(&mut frame, b"data").expect("it fits");
+        let before = port.desk.table.rules[rule].matched.load();
+        netns.run(|| port.programs.run(Program::Port(Direction::Egress), &frame, 1)).expect("run");
+        port.desk.table.rules[rule].matched.load() > before
+    };
+    assert!([50_000, 89_999].into_iter().all(|n| matched(&mut port, n)), "the new");
+    assert!(![0, 39_999, 90_000].into_iter().any(|n| matched(&mut port, n)), "the old");
+    port.remove(rule).expect("removed");
+    assert!(port.trie.is_empty() && port.listening.is_empty());
+    port.close().expect("closed");
+}
