@@ -129,7 +129,7 @@ impl Broom {
             let what = format!("end the stressor {pid} of {token}, whose agent is gone");
             self.sweep(&what, || stress::end(pid, &token).map(drop));
         }
-        let all = Netns::all();
+        let all = Netns::all()?;
         if all.iter().map(unowned).collect::<Result<Vec<_>>>()?.concat().iter().any(|i| i.alias.is_none()) {
             thread::sleep(UNMARKED);
         }

@@ -825,7 +825,7 @@ fn revert(undo: &Undo) -> Result<()> {
         }
     }
     // What an agent that died left behind. The namespace may be gone, and everything in it.
-    let Some(netns) = Netns::find(&undo.netns_path, undo.netns_inode) else { return Ok(()) };
+    let Some(netns) = Netns::find(&undo.netns_path, undo.netns_inode)? else { return Ok(()) };
     netns.run(|| {
         let mut netlink = Netlink::open()?;
         let present = netlink.interfaces()?;
