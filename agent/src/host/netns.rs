@@ -16,6 +16,7 @@ use nix::{
     errno::Errno,
     fcntl::OFlag,
     sched::{CloneFlags, setns, unshare},
+    sys::statfs::{NSFS_MAGIC, fstatfs},
 };
 
 use crate::target;
@@ -75,24 +76,28 @@ impl Netns {
         let mut found: Vec<Self> = Vec::new();
         for path in [PathBuf::from(OWN)].into_iter().chain(elsewhere()?) {
             let opened = Self::open_path(&path).with_context(|| format!("opening {}", path.display()))?;
-            found.extend(opened.filter(|netns| found.iter().all(|other| other.inode != netns.inode)));
+            let new = |netns: &Self| found.iter().all(|other| other.inode != netns.inode);
+            let Some(netns) = opened.filter(new) else { continue };
+            match netns.run(|| Ok(())) {
+                // Names in /run/netns are also taken for namespaces of other kinds.
+                Err(error) if error.downcast_ref() == Some(&Errno::EINVAL) => {}
+                entered => found.push(entered.map(|()| netns)?),
+            }
         }
         Ok(found)
     }
 
-    /// What a path leads to; `None` where that is no network namespace, or nothing.
+    /// What a path leads to; `None` where that is no namespace, or nothing.
     ///
     /// The path may be a client's, who may have put anything there by now: a FIFO would be waited for, and a device does things
     /// when it is opened. So it is looked at first, and then what was looked at is opened.
     fn open_path(path: &Path) -> io::Result<Option<Self>> {
         let open = || {
             let found = File::options().read(true).custom_flags(OFlag::O_PATH.bits()).open(path)?;
-            let found_at = format!("/proc/self/fd/{}", found.as_raw_fd());
-            // So the kernel names what is on its file system of namespaces, and nothing else.
-            if !fs::read_link(&found_at)?.to_string_lossy().starts_with("net:[") {
+            if fstatfs(&found)?.filesystem_type() != NSFS_MAGIC {
                 return Ok(None);
             }
-            let file = File::open(found_at)?;
+            let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
             Ok(Some(Self { inode: file.metadata()?.ino(), file }))
         };
         open().or_else(|error: io::Error| if leads_nowhere(&error) { Ok(None) } else { Err(error) })
