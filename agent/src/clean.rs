@@ -93,6 +93,15 @@ impl Broom {
                 path.display()
             ));
         }
+        for (path, error) in found.unread {
+            self.failed.push(format!("{}: {error}; it stays, so try again", path.display()));
+        }
+        for path in found.aside {
+            self.failed.push(format!(
+                "{}: it was set aside before; undo it by hand, or with the version of squall-agent that wrote it, and remove it",
+                path.display()
+            ));
+        }
         let boot_id = boot_id()?;
         for record in found.records {
             let (id, kind, target) = (&record.id, &record.kind, &record.target);
@@ -115,6 +124,10 @@ impl Broom {
         let left = if self.dry_run { journal.left.look()? } else { journal.left.read()? };
         for (path, reason) in left.set_aside {
             println!("{}: {reason}; nothing is resumed from it", path.display());
+        }
+        for (path, error) in left.unread {
+            let what = format!("set {} aside ({error}), so that nothing is resumed from it", path.display());
+            self.sweep(&what, || journal.left.set_aside(&path));
         }
         for Left { id, kind, target, .. } in left.records {
             let what = format!("forget that the next agent was to resume {id}, a {kind} fault on {target}");

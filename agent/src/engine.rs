@@ -133,8 +133,11 @@ impl Engine {
     /// Takes back what an earlier agent left, the newest first. What fails is kept as stuck and retried.
     pub async fn replay(&self, kinds: &[Kind]) -> Result<()> {
         let found = self.0.journal.undo.read()?;
-        for (path, reason) in found.set_aside {
-            error!(path = %path.display(), reason, "an undo record cannot be read; it was set aside and nothing was undone from it");
+        let unread =
+            found.unread.into_iter().map(|(path, error)| (path, error + "; it stays for the next start"));
+        let aside = found.aside.into_iter().map(|path| (path, "it was set aside before".to_owned()));
+        for (path, reason) in found.set_aside.into_iter().chain(unread).chain(aside) {
+            error!(path = %path.display(), reason, "an undo record cannot be read, and nothing was undone from it");
             METRICS.unreadable_records.inc();
         }
         for record in found.records {
@@ -241,7 +244,11 @@ impl Engine {
     /// with what could not be removed comes the error, and it must not be.
     pub fn take_left(&self) -> Result<Vec<(Left, Result<()>)>> {
         let found = self.0.journal.left.read()?;
-        for (path, reason) in found.set_aside {
+        for (path, _) in &found.unread {
+            // Later it would be injected after somebody asked for its end, and was told that there is none.
+            self.0.journal.left.set_aside(path)?;
+        }
+        for (path, reason) in found.set_aside.into_iter().chain(found.unread) {
             error!(path = %path.display(), reason, "what an agent left cannot be read; it was set aside and is not resumed");
             METRICS.unreadable_records.inc();
         }
@@ -281,6 +288,7 @@ impl Engine {
         let plan = fault.plan(&left.target).await?;
         let _one_at_a_time = self.0.arming.lock().unwrap_or_else(PoisonError::into_inner);
         self.0.refuse_stopped()?;
+        self.0.refuse_recorded(&left.id)?;
         let live = self.0.live();
         if live >= self.0.limits.most_injections {
             return Err(EngineError::Full(live));
@@ -581,11 +589,20 @@ impl Shared {
         lease: Duration,
     ) -> Result<Option<Arc<Core>>, EngineError> {
         let injections = self.lock();
-        let Some(there) = injections.get(id) else { return Ok(None) };
+        let Some(there) = injections.get(id) else { return self.refuse_recorded(id).map(|()| None) };
         if there.order.as_ref().is_some_and(|o| *o == (digest.to_owned(), duration, lease)) {
             return Ok(Some(Arc::clone(&there.core)));
         }
         Err(taken(id))
+    }
+
+    /// Refuses an id whose undo record nobody could play back: it must not be written over.
+    fn refuse_recorded(&self, id: &str) -> Result<(), EngineError> {
+        if !self.journal.undo.has(id) {
+            return Ok(());
+        }
+        let why = "has an undo record on disk that was not played back, see the log; choose a new one";
+        Err(EngineError::Conflict(format!("id {id} {why}")))
     }
 
     fn refuse_beside_stuck(&self, target: &Target) -> Result<(), EngineError> {

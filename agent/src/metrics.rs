@@ -39,7 +39,7 @@ pub static METRICS: LazyLock<Metrics> =
 
 /// The metrics.
 pub struct Metrics {
-    /// Undo records that were set aside.
+    /// Undo records that cannot be read.
     pub unreadable_records: IntCounter,
     /// Lines that the audit log lacks.
     pub audit_failures: IntCounter,
@@ -146,7 +146,7 @@ impl Metrics {
         Ok(Self {
             unreadable_records: register_int_counter!(
                 "squall_journal_unreadable_records_total",
-                "Undo records that could not be read and were set aside."
+                "Undo records that could not be read when the agent started."
             )?,
             audit_failures: register_int_counter!(
                 "squall_audit_failures_total",

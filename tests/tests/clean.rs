@@ -180,6 +180,15 @@ async fn clean_goes_on_after_a_record_that_it_cannot_read() -> Result<()> {
     ensure!(!ok && said.contains("load.json: format 99"), "{said}");
     ensure!(said.contains("torn.json: not an undo record"), "{said}");
     ensure!(said.contains("undo delay") && said.contains("undo loopback"), "the rest did not go on: {said}");
+    let (ok, said) = clean(&agent.state_dir(), &[])?;
+    ensure!(!ok && said.contains("load.json.unreadable: it was set aside before"), "{said}");
+    fs::create_dir(journal.join("busy.json"))?;
+    for aside in ["load", "torn"] {
+        fs::remove_file(journal.join(format!("{aside}.json.unreadable")))?;
+    }
+    let (ok, said) = clean(&agent.state_dir(), &[])?;
+    ensure!(!ok && said.contains("busy.json: Is a directory") && said.contains("try again"), "{said}");
+    ensure!(journal.join("busy.json").exists(), "what cannot be read just now was thrown away");
     wait_for("the stressor to end with its agent", PATIENCE, || Ok(place.victim.is_alone()?.then_some(())))?;
     place.is_restored()
 }

@@ -643,3 +643,32 @@ async fn what_is_stuck_can_be_asked_for_as_often_as_one_likes() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_record_that_nobody_played_back_keeps_its_id() {
+    let bench = Bench::new("recorded");
+    let undo = serde_json::to_value(Undo("recorded".into())).unwrap();
+    let (boot_id, target) = (bench.engine.0.boot_id.clone(), bench.target());
+    let record =
+        Record { id: "unknown".into(), kind: "newer".into(), target, undo, created: BootTime(1), boot_id };
+    bench.engine.0.journal.undo.write(&record).unwrap();
+    let journal = bench.dir.path().join("journal");
+    std::fs::write(journal.join("damaged.json"), "{").unwrap();
+    std::fs::create_dir(journal.join("unread.json")).unwrap();
+    bench.engine.replay(&[Kind::of::<Fake>()]).await.unwrap();
+    for id in ["unknown", "damaged", "unread"] {
+        let refused = bench.engine.arm(bench.order(id, bench.fake())).await.map(drop).unwrap_err();
+        assert!(refused.to_string().contains("has an undo record"), "{id}: {refused}");
+    }
+    assert_eq!(bench.engine.0.journal.undo.read().unwrap().records, [record]);
+    assert!(bench.log().is_empty());
+}
+
+#[tokio::test]
+async fn what_was_left_and_cannot_be_read_is_never_resumed() {
+    let bench = Bench::new("unread left");
+    let file = bench.dir.path().join("resume/a.json");
+    std::fs::create_dir(&file).unwrap();
+    assert!(bench.engine.take_left().unwrap().is_empty());
+    assert!(!file.exists(), "it may be read the next time");
+}
