@@ -17,7 +17,7 @@ use crate::{
         proc,
         tc::{Interface, Netlink},
     },
-    journal::{Journal, Left, boot_id},
+    journal::{Journal, Left, boot_id, set_aside},
     stress,
 };
 
@@ -127,7 +127,7 @@ impl Broom {
         }
         for (path, error) in left.unread {
             let what = format!("set {} aside ({error}), so that nothing is resumed from it", path.display());
-            self.sweep(&what, || journal.left.set_aside(&path));
+            self.sweep(&what, || set_aside(&path));
         }
         for Left { id, kind, target, .. } in left.records {
             let what = format!("forget that the next agent was to resume {id}, a {kind} fault on {target}");

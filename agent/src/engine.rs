@@ -31,7 +31,7 @@ use self::injection::{Command, Core, Task};
 use crate::{
     crash,
     fault::{AnyFault, Kind},
-    journal::{Journal, Left, boot_id, is_id},
+    journal::{Journal, Left, boot_id, is_id, set_aside},
     limits::{Invalid, Limits},
     metrics::METRICS,
     pods::Pods,
@@ -246,7 +246,7 @@ impl Engine {
         let found = self.0.journal.left.read()?;
         for (path, _) in &found.unread {
             // Later it would be injected after somebody asked for its end, and was told that there is none.
-            self.0.journal.left.set_aside(path)?;
+            set_aside(path)?;
         }
         for (path, reason) in found.set_aside.into_iter().chain(found.unread) {
             error!(path = %path.display(), reason, "what an agent left cannot be read; it was set aside and is not resumed");

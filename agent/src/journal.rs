@@ -200,17 +200,11 @@ impl<R: Filed> Shelf<R> {
             }
         }
         for (path, _) in &found.set_aside {
-            if let Err(e) = self.set_aside(path) {
+            if let Err(e) = set_aside(path) {
                 warn!("{e:#}");
             }
         }
         Ok(found)
-    }
-
-    /// Sees to it that nothing is read from a file any more.
-    pub fn set_aside(&self, path: &Path) -> Result<()> {
-        fs::rename(path, path.with_extension("json.unreadable"))
-            .with_context(|| format!("set the unreadable {} {} aside", R::NAME, path.display()))
     }
 
     /// Whether anything of this id is on disk, readable or not.
@@ -303,6 +297,12 @@ pub fn is_id(id: &str) -> bool {
     (1..=100).contains(&id.len())
         && !id.starts_with('.')
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+}
+
+/// Sees to it that a file is not read as a record any more.
+pub fn set_aside(path: &Path) -> Result<()> {
+    fs::rename(path, path.with_extension("json.unreadable"))
+        .with_context(|| format!("set {} aside", path.display()))
 }
 
 fn of_file<R: Filed>(path: &Path, bytes: &[u8]) -> Result<R> {
