@@ -158,8 +158,9 @@ fn on_thread<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 /// Whether an error says that a path leads to no namespace. Everything else (no descriptors or no memory left, a disk that fails)
 /// says nothing about it. EACCES is what procfs says of a process that ends just then, and of one that nobody may look at.
 fn leads_nowhere(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    matches!(errno, Some(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::ESRCH | Errno::EACCES))
+    let Some(errno) = error.raw_os_error().map(Errno::from_raw) else { return false };
+    let of_the_path = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP, Errno::ENAMETOOLONG];
+    of_the_path.contains(&errno) || matches!(errno, Errno::ESRCH | Errno::EACCES)
 }
 
 /// Every path on this host that names a network namespace.
@@ -204,7 +205,10 @@ mod tests {
             |path: &str, inode| Netns::find(Path::new(path), inode).unwrap().map(|netns| netns.inode());
         assert_eq!(find(OWN, own), Some(own));
         assert_eq!(find("/none", own), Some(own), "it is looked for elsewhere");
-        assert_eq!(find("/proc/self/ns/mnt", 1), None);
+        // A client may leave any of these behind.
+        for nowhere in ["/none", "/proc/self/ns/mnt", "/proc/stat/ns", &"/a".repeat(5000), "/dev/zero"] {
+            assert_eq!(find(nowhere, 1), None, "{nowhere}");
+        }
     }
 
     /// The path of a client who has put something else there meanwhile.

@@ -608,8 +608,11 @@ impl Port {
                 self.programs.set_peers(cidr, *set)?;
             }
         }
-        for cidr in self.trie.keys().filter(|cidr| !peers.contains_key(cidr)) {
-            self.programs.remove_peers(cidr)?;
+        let gone: Vec<Cidr> = self.trie.keys().filter(|cidr| !peers.contains_key(cidr)).copied().collect();
+        for cidr in gone {
+            self.programs.remove_peers(&cidr)?;
+            // Where the next one fails, this one cannot be removed once more.
+            self.trie.remove(&cidr);
         }
         self.write_sieve(&sieve, Cell::store);
         self.trie = peers;
