@@ -17,7 +17,7 @@ use crate::{
         proc,
         tc::{Interface, Netlink},
     },
-    journal::{Journal, Left, boot_id},
+    journal::{Journal, Left, boot_id, set_aside},
     stress,
 };
 
@@ -93,6 +93,15 @@ impl Broom {
                 path.display()
             ));
         }
+        for (path, error) in found.unread {
+            self.failed.push(format!("{}: {error}; it stays, so try again", path.display()));
+        }
+        for path in found.aside {
+            self.failed.push(format!(
+                "{}: it was set aside before; undo it by hand, or with the version of squall-agent that wrote it, and remove it",
+                path.display()
+            ));
+        }
         let boot_id = boot_id()?;
         for record in found.records {
             let (id, kind, target) = (&record.id, &record.kind, &record.target);
@@ -116,6 +125,10 @@ impl Broom {
         for (path, reason) in left.set_aside {
             println!("{}: {reason}; nothing is resumed from it", path.display());
         }
+        for (path, error) in left.unread {
+            let what = format!("set {} aside ({error}), so that nothing is resumed from it", path.display());
+            self.sweep(&what, || set_aside(&path));
+        }
         for Left { id, kind, target, .. } in left.records {
             let what = format!("forget that the next agent was to resume {id}, a {kind} fault on {target}");
             self.sweep(&what, || journal.left.remove(&id));
@@ -129,7 +142,7 @@ impl Broom {
             let what = format!("end the stressor {pid} of {token}, whose agent is gone");
             self.sweep(&what, || stress::end(pid, &token).map(drop));
         }
-        let all = Netns::all();
+        let all = Netns::all()?;
         if all.iter().map(unowned).collect::<Result<Vec<_>>>()?.concat().iter().any(|i| i.alias.is_none()) {
             thread::sleep(UNMARKED);
         }

@@ -31,7 +31,7 @@ use self::injection::{Command, Core, Task};
 use crate::{
     crash,
     fault::{AnyFault, Kind},
-    journal::{Journal, Left, boot_id, is_id},
+    journal::{Journal, Left, boot_id, is_id, set_aside},
     limits::{Invalid, Limits},
     metrics::METRICS,
     pods::Pods,
@@ -60,8 +60,8 @@ pub enum EngineError {
     /// Somebody stopped this node.
     #[error("this node is stopped, and nothing may be injected; `squall stop --release` allows it again")]
     Stopped,
-    /// Another agent takes its place.
-    #[error("this agent is being replaced; ask again when the next one is there")]
+    /// It ends, and another agent may take its place.
+    #[error("this agent is going away; ask again when another one is there")]
     Leaving,
     /// The host refused.
     #[error("{0:#}")]
@@ -94,7 +94,9 @@ struct Shared {
     journal: Journal,
     limits: Limits,
     stop: Stop,
-    /// Another agent takes its place: nothing new is done, only taken back.
+    /// This agent ends: nothing new is done, only taken back.
+    ending: AtomicBool,
+    /// And another agent takes its place.
     leaving: AtomicBool,
     boot_id: String,
     injections: Mutex<BTreeMap<String, Entry>>,
@@ -119,6 +121,7 @@ impl Engine {
             journal,
             limits,
             stop,
+            ending: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
             boot_id: boot_id()?,
             injections: Mutex::default(),
@@ -130,8 +133,11 @@ impl Engine {
     /// Takes back what an earlier agent left, the newest first. What fails is kept as stuck and retried.
     pub async fn replay(&self, kinds: &[Kind]) -> Result<()> {
         let found = self.0.journal.undo.read()?;
-        for (path, reason) in found.set_aside {
-            error!(path = %path.display(), reason, "an undo record cannot be read; it was set aside and nothing was undone from it");
+        let unread =
+            found.unread.into_iter().map(|(path, error)| (path, error + "; it stays for the next start"));
+        let aside = found.aside.into_iter().map(|path| (path, "it was set aside before".to_owned()));
+        for (path, reason) in found.set_aside.into_iter().chain(unread).chain(aside) {
+            error!(path = %path.display(), reason, "an undo record cannot be read, and nothing was undone from it");
             METRICS.unreadable_records.inc();
         }
         for record in found.records {
@@ -155,7 +161,7 @@ impl Engine {
             crash::point("engine.replay");
             let core = Core::left_over(Arc::clone(&self.0), *kind, record);
             let (commands, _) = mpsc::channel(1);
-            self.0.insert(id, Entry { core: Arc::clone(&core), order: None, commands });
+            self.0.insert(id, Entry { core: Arc::clone(&core), order: None, commands })?;
             if !core.try_revert("left by an earlier agent").await {
                 tokio::spawn(async move { core.retry_revert("left by an earlier agent").await });
             }
@@ -191,6 +197,14 @@ impl Engine {
             planned.push((core, Some((fault, digest))));
         }
         let _one_at_a_time = self.0.arming.lock().unwrap_or_else(PoisonError::into_inner);
+        // What held above may hold no more: planning takes its time.
+        self.0.refuse_stopped()?;
+        for (core, new) in &mut planned {
+            let Some((_, digest)) = new else { continue };
+            if let Some(there) = self.0.same_order(&core.id(), digest, order.duration, order.lease)? {
+                (*core, *new) = (there, None);
+            }
+        }
         let new = planned.iter().filter(|(_, new)| new.is_some()).count();
         let live = self.0.live();
         if live + new > self.0.limits.most_injections {
@@ -205,7 +219,7 @@ impl Engine {
         for (core, new) in planned {
             armed.push(core.injection());
             let Some((fault, digest)) = new.filter(|_| !order.dry_run) else { continue };
-            self.start(core, fault, (digest, order.duration, order.lease), None);
+            self.start(core, fault, (digest, order.duration, order.lease), None)?;
         }
         Ok(armed)
     }
@@ -217,19 +231,24 @@ impl Engine {
         fault: AnyFault,
         order: (String, Duration, Duration),
         resumed: Option<Left>,
-    ) {
+    ) -> Result<(), EngineError> {
         let (commands, inbox) = mpsc::channel(16);
-        self.0.insert(core.id(), Entry { core: Arc::clone(&core), order: Some(order.clone()), commands });
+        self.0.insert(core.id(), Entry { core: Arc::clone(&core), order: Some(order.clone()), commands })?;
         let (order, duration, lease) = order;
         let task = Task { core, fault, order, duration, lease, resumed, commands: inbox };
         tokio::spawn(task.supervise());
+        Ok(())
     }
 
     /// What the agent before left to be injected again. It is on disk no more, so that it is injected again at most once;
     /// with what could not be removed comes the error, and it must not be.
     pub fn take_left(&self) -> Result<Vec<(Left, Result<()>)>> {
         let found = self.0.journal.left.read()?;
-        for (path, reason) in found.set_aside {
+        for (path, _) in &found.unread {
+            // Later it would be injected after somebody asked for its end, and was told that there is none.
+            set_aside(path)?;
+        }
+        for (path, reason) in found.set_aside.into_iter().chain(found.unread) {
             error!(path = %path.display(), reason, "what an agent left cannot be read; it was set aside and is not resumed");
             METRICS.unreadable_records.inc();
         }
@@ -268,6 +287,8 @@ impl Engine {
         fault.draw_from(left.seed);
         let plan = fault.plan(&left.target).await?;
         let _one_at_a_time = self.0.arming.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.refuse_stopped()?;
+        self.0.refuse_recorded(&left.id)?;
         let live = self.0.live();
         if live >= self.0.limits.most_injections {
             return Err(EngineError::Full(live));
@@ -278,14 +299,12 @@ impl Engine {
         let owner = left.owner.as_deref().unwrap_or_default();
         let (target, pods) = (left.target.clone(), (hurt, pods.count()));
         let core = Core::armed(Arc::clone(&self.0), &left.id, owner, &fault, target, &plan, pods);
-        self.start(core, fault, (left.order.clone(), left.duration, left.lease), Some(left.clone()));
-        Ok(())
+        self.start(core, fault, (left.order.clone(), left.duration, left.lease), Some(left.clone()))
     }
 
     /// Remembers that something was left and is not injected again, so that whoever asks is told why.
     pub fn not_resumed(&self, kinds: &[Kind], left: Left, why: &str) {
-        let stuck = self.0.lock().get(&left.id).is_some_and(|there| is_live(&there.core.injection()));
-        let Some(kind) = kinds.iter().find(|kind| kind.name == left.kind).filter(|_| !stuck) else { return };
+        let Some(kind) = kinds.iter().find(|kind| kind.name == left.kind) else { return };
         let injection = v1::Injection {
             id: left.id.clone(),
             kind: left.kind,
@@ -298,7 +317,8 @@ impl Engine {
             ..v1::Injection::default()
         };
         let core = Core::new(Arc::clone(&self.0), *kind, left.target, left.owner, Value::Null, injection);
-        self.0.insert(left.id, Entry { core, order: None, commands: mpsc::channel(1).0 });
+        let entry = Entry { core, order: None, commands: mpsc::channel(1).0 };
+        let _what_is_stuck_says_more = self.0.insert(left.id, entry);
     }
 
     /// Who injected it, where that is known.
@@ -369,23 +389,31 @@ impl Engine {
     /// changed or renewed here. Returns what could not be reverted; the next agent tries again, and resumes it then.
     pub async fn hand_over(&self) -> Vec<v1::Injection> {
         self.0.leaving.store(true, Ordering::SeqCst);
+        self.end_all(|| Command::HandOver).await
+    }
+
+    /// Reverts everything that is live. From now on nothing is injected or changed here. Returns what could not be reverted.
+    pub async fn drain(&self, why: &'static str) -> Vec<v1::Injection> {
+        self.end_all(|| Command::Revert(why)).await
+    }
+
+    async fn end_all(&self, command: impl Fn() -> Command) -> Vec<v1::Injection> {
+        self.0.ending.store(true, Ordering::SeqCst);
+        // Whoever looked before that has come to be listed, once nobody holds this.
+        drop(self.0.arming.lock().unwrap_or_else(PoisonError::into_inner));
         let live = |entry: &&Entry| is_live(&entry.core.injection());
         let handle = |entry: &Entry| (Arc::clone(&entry.core), entry.commands.clone());
         let entries: Vec<Handle> = self.0.lock().values().filter(live).map(handle).collect();
-        let ended = entries.into_iter().map(|(core, commands)| async move {
-            let failures = core.status.borrow().failures;
-            let _gone = commands.send(Command::HandOver).await;
-            core.retry.notify_one();
-            core.wait(|s| s.ended() || s.failures > failures).await
+        let ended = entries.into_iter().map(|(core, commands)| {
+            let command = command();
+            async move {
+                let failures = core.status.borrow().failures;
+                let _gone = commands.send(command).await;
+                core.retry.notify_one();
+                core.wait(|s| s.ended() || s.failures > failures).await
+            }
         });
         join_all(ended).await.into_iter().filter(is_live).collect()
-    }
-
-    /// Reverts everything that is live. Returns what could not be reverted.
-    pub async fn drain(&self, why: &'static str) -> Vec<v1::Injection> {
-        let ids: Vec<_> = self.list().into_iter().filter(is_live).map(|i| i.id).collect();
-        let reverted = self.revert(&ids, why).await.unwrap_or_default();
-        reverted.into_iter().filter(is_live).collect()
     }
 
     /// Refuses injections from now on, also those of the next agent, and reverts everything that is live. Returns that.
@@ -481,6 +509,10 @@ pub fn is_live(injection: &v1::Injection) -> bool {
     matches!(injection.state(), State::Armed | State::Active | State::Stuck)
 }
 
+fn taken(id: &str) -> EngineError {
+    EngineError::Conflict(format!("id {id} is taken by another injection; choose a new one"))
+}
+
 /// What is stuck retries by itself.
 fn is_unstopped(injection: &v1::Injection) -> bool {
     matches!(injection.state(), State::Armed | State::Active | State::HandedOver)
@@ -488,7 +520,9 @@ fn is_unstopped(injection: &v1::Injection) -> bool {
 
 impl Shared {
     fn refuse_stopped(&self) -> Result<(), EngineError> {
-        self.refuse_leaving()?;
+        if self.ending.load(Ordering::SeqCst) {
+            return Err(EngineError::Leaving);
+        }
         if self.stop.is_set() { Err(EngineError::Stopped) } else { Ok(()) }
     }
 
@@ -527,8 +561,12 @@ impl Shared {
         live.into_iter().flat_map(|injection| injection.pods).collect()
     }
 
-    fn insert(&self, id: String, entry: Entry) {
+    /// Lists an injection. What is live and has this id is reached by it alone, and stays.
+    fn insert(&self, id: String, entry: Entry) -> Result<(), EngineError> {
         let mut injections = self.lock();
+        if injections.get(&id).is_some_and(|there| is_live(&there.core.injection())) {
+            return Err(taken(&id));
+        }
         injections.insert(id, entry);
         let mut ended: Vec<_> = injections
             .iter()
@@ -539,6 +577,7 @@ impl Shared {
         for (_, id) in ended.iter().take(ended.len().saturating_sub(REMEMBERED)) {
             injections.remove(id);
         }
+        Ok(())
     }
 
     /// The injection that this very order made before, if it did.
@@ -550,11 +589,20 @@ impl Shared {
         lease: Duration,
     ) -> Result<Option<Arc<Core>>, EngineError> {
         let injections = self.lock();
-        let Some(there) = injections.get(id) else { return Ok(None) };
+        let Some(there) = injections.get(id) else { return self.refuse_recorded(id).map(|()| None) };
         if there.order.as_ref().is_some_and(|o| *o == (digest.to_owned(), duration, lease)) {
             return Ok(Some(Arc::clone(&there.core)));
         }
-        Err(EngineError::Conflict(format!("id {id} is taken by another injection; choose a new one")))
+        Err(taken(id))
+    }
+
+    /// Refuses an id whose undo record nobody could play back: it must not be written over.
+    fn refuse_recorded(&self, id: &str) -> Result<(), EngineError> {
+        if !self.journal.undo.has(id) {
+            return Ok(());
+        }
+        let why = "has an undo record on disk that was not played back, see the log; choose a new one";
+        Err(EngineError::Conflict(format!("id {id} {why}")))
     }
 
     fn refuse_beside_stuck(&self, target: &Target) -> Result<(), EngineError> {

@@ -2,7 +2,7 @@
 //! one agent left for the next to inject again: one file per injection too.
 //!
 //! **Invariant:** a record is whole or absent. It is written beside its place, synced, and renamed; then the directory
-//! is synced. A record that cannot be read is set aside and reported, never guessed at.
+//! is synced. A damaged record is set aside and reported, never guessed at, and one that cannot be read just now stays.
 
 use std::{
     fs::{self, File},
@@ -144,8 +144,12 @@ pub struct Shelf<R> {
 pub struct Found<R> {
     /// Readable records, the newest first.
     pub records: Vec<R>,
-    /// Files that could not be read and are set aside, each with the reason.
+    /// Files that are damaged and are set aside, each with the reason.
     pub set_aside: Vec<(PathBuf, String)>,
+    /// Files that were set aside before, and are still there.
+    pub aside: Vec<PathBuf>,
+    /// Files that could not be read, each with the error. They stay: the next time it may go well.
+    pub unread: Vec<(PathBuf, String)>,
     /// Files that were never finished: the change they announced was never made.
     pub unfinished: Vec<PathBuf>,
 }
@@ -187,7 +191,7 @@ impl<R: Filed> Shelf<R> {
         made.with_context(|| format!("make {}", self.dir.display()))
     }
 
-    /// Reads every record, sets aside what cannot be read, and removes what was never finished.
+    /// Reads every record, sets aside what is damaged, and removes what was never finished.
     pub fn read(&self) -> Result<Found<R>> {
         let found = self.look()?;
         for path in &found.unfinished {
@@ -196,16 +200,29 @@ impl<R: Filed> Shelf<R> {
             }
         }
         for (path, _) in &found.set_aside {
-            if let Err(e) = fs::rename(path, path.with_extension("json.unreadable")) {
-                warn!(path = %path.display(), "an unreadable {} cannot be renamed: {e}", R::NAME);
+            if let Err(e) = set_aside(path) {
+                warn!("{e:#}");
             }
         }
         Ok(found)
     }
 
+    /// Whether anything of this id is on disk, readable or not.
+    #[must_use]
+    pub fn has(&self, id: &str) -> bool {
+        let there = |path: PathBuf| path.try_exists().unwrap_or(true);
+        self.path(id).is_ok_and(|path| there(path.with_extension("json.unreadable")) || there(path))
+    }
+
     /// Reads every record, and changes nothing.
     pub fn look(&self) -> Result<Found<R>> {
-        let mut found = Found { records: Vec::new(), set_aside: Vec::new(), unfinished: Vec::new() };
+        let mut found = Found {
+            records: Vec::new(),
+            set_aside: Vec::new(),
+            aside: Vec::new(),
+            unread: Vec::new(),
+            unfinished: Vec::new(),
+        };
         let entries = match fs::read_dir(&self.dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
             entries => entries.with_context(|| format!("read {}", self.dir.display()))?,
@@ -214,9 +231,12 @@ impl<R: Filed> Shelf<R> {
             let path = entry?.path();
             match path.extension().and_then(|e| e.to_str()) {
                 Some("tmp") => found.unfinished.push(path),
-                Some("json") => match read(&path) {
-                    Ok(record) => found.records.push(record),
-                    Err(e) => found.set_aside.push((path, format!("{e:#}"))),
+                Some("unreadable") => found.aside.push(path),
+                // No descriptors, no memory, a disk that fails: that says nothing about the record.
+                Some("json") => match fs::read(&path).map(|bytes| of_file(&path, &bytes)) {
+                    Ok(Ok(record)) => found.records.push(record),
+                    Ok(Err(e)) => found.set_aside.push((path, format!("{e:#}"))),
+                    Err(e) => found.unread.push((path, e.to_string())),
                 },
                 _ => {}
             }
@@ -279,8 +299,14 @@ pub fn is_id(id: &str) -> bool {
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
-fn read<R: Filed>(path: &Path) -> Result<R> {
-    let record: R = parse(&fs::read(path)?)?;
+/// Sees to it that a file is not read as a record any more.
+pub fn set_aside(path: &Path) -> Result<()> {
+    fs::rename(path, path.with_extension("json.unreadable"))
+        .with_context(|| format!("set {} aside", path.display()))
+}
+
+fn of_file<R: Filed>(path: &Path, bytes: &[u8]) -> Result<R> {
+    let record: R = parse(bytes)?;
     let id = record.id();
     ensure!(path.file_stem().and_then(|s| s.to_str()) == Some(id), "it is of injection {id}");
     Ok(record)
@@ -350,12 +376,23 @@ mod tests {
         fs::write(file("newer"), text("newer").replace("\"format\":1", "\"format\":2")).unwrap();
         fs::rename(file("renamed"), file("other")).unwrap();
         fs::write(dir.path().join("journal/half.tmp"), "{").unwrap();
+        // It can be opened, and not be read.
+        fs::create_dir(file("busy")).unwrap();
 
         let found = journal.undo.read().unwrap();
         assert_eq!(found.records, [record("whole", 1)]);
         assert_eq!(found.set_aside.len(), 4, "{found:?}");
         let again = journal.undo.read().unwrap();
-        assert_eq!((again.records.len(), again.set_aside.len()), (1, 0));
+        assert_eq!((again.records.len(), again.set_aside.len(), again.aside.len()), (1, 0, 4));
+        for found in [found, again] {
+            assert_eq!(found.unread.len(), 1, "{found:?}");
+            assert_eq!(found.unread[0].0, file("busy"));
+        }
+        let ids = ["whole", "short", "flipped", "newer", "other", "busy", "renamed", "half"];
+        assert_eq!(ids.map(|id| journal.undo.has(id)), [true, true, true, true, true, true, false, false]);
+        fs::remove_dir(file("busy")).unwrap();
+        journal.undo.write(&record("busy", 2)).unwrap();
+        assert_eq!(journal.undo.read().unwrap().records, [record("busy", 2), record("whole", 1)]);
         assert!(!dir.path().join("journal/half.tmp").exists());
     }
 

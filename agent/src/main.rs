@@ -38,6 +38,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use squall_proto::v1::agent_server::AgentServer;
 use tokio::{
     net::UnixListener,
@@ -185,6 +186,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     start_log(cli.run.log);
+    raise_open_files();
     // While there is one thread. A log is read by whoever may.
     if !matches!(cli.command, Some(Command::Audit(_)))
         && let Err(e) = host::cgroup::enter_first()
@@ -208,6 +210,15 @@ fn main() -> ExitCode {
             error!("{e:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Takes back the low limit that select() needs: without descriptors nothing can be reverted.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        warn!("the limit of open files stays as it is: {e}");
     }
 }
 

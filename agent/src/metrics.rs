@@ -9,6 +9,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use axum::{Router, extract::State, http::header, routing::get};
+use hyper::server::conn::http1;
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use prometheus::{
     Encoder, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, TextEncoder,
     core::{Collector, Desc},
@@ -16,8 +18,20 @@ use prometheus::{
     register_int_gauge_vec,
 };
 use squall_proto::v1::{self, Injection};
+use tokio::{
+    net::TcpListener,
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
+use tracing::debug;
 
 use crate::engine::Engine;
+
+/// Anybody on this host may ask, and a descriptor that he holds is one that a revert lacks: so many at once, and each so long.
+const MOST_SCRAPES: usize = 8;
+const LONGEST_SCRAPE: Duration = Duration::from_secs(5);
+/// Pause after an accept that failed: there are no file descriptors left, most likely.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// All metrics of this process.
 pub static METRICS: LazyLock<Metrics> =
@@ -25,7 +39,7 @@ pub static METRICS: LazyLock<Metrics> =
 
 /// The metrics.
 pub struct Metrics {
-    /// Undo records that were set aside.
+    /// Undo records that cannot be read.
     pub unreadable_records: IntCounter,
     /// Lines that the audit log lacks.
     pub audit_failures: IntCounter,
@@ -132,7 +146,7 @@ impl Metrics {
         Ok(Self {
             unreadable_records: register_int_counter!(
                 "squall_journal_unreadable_records_total",
-                "Undo records that could not be read and were set aside."
+                "Undo records that could not be read when the agent started."
             )?,
             audit_failures: register_int_counter!(
                 "squall_audit_failures_total",
@@ -227,12 +241,32 @@ pub async fn serve(address: SocketAddr, engine: Engine) -> Result<()> {
         address.ip().is_loopback(),
         "--metrics {address}: not a loopback address; give 127.0.0.1:PORT or off"
     );
-    let listener = tokio::net::TcpListener::bind(address)
+    let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("--metrics {address}: cannot listen there; give another port, or off"))?;
-    let app = Router::new().route("/metrics", get(text)).with_state(engine);
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    answer(listener, Router::new().route("/metrics", get(text)).with_state(engine));
     Ok(())
+}
+
+fn answer(listener: TcpListener, app: Router) {
+    tokio::spawn(async move {
+        let places = Arc::new(Semaphore::new(MOST_SCRAPES));
+        // Never closed. Whoever comes too many waits in the kernel, where he costs no descriptor of ours.
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+            let Ok((stream, _)) = listener.accept().await.inspect_err(|e| debug!("cannot accept: {e}"))
+            else {
+                sleep(PAUSE).await;
+                continue;
+            };
+            let service = TowerToHyperService::new(app.clone());
+            tokio::spawn(async move {
+                let served =
+                    http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
+                let _slow_or_gone = timeout(LONGEST_SCRAPE, served).await;
+                drop(place);
+            });
+        }
+    });
 }
 
 async fn text(State(engine): State<Engine>) -> ([(header::HeaderName, &'static str); 1], Vec<u8>) {
@@ -249,7 +283,36 @@ async fn text(State(engine): State<Engine>) -> ([(header::HeaderName, &'static s
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+        time::Instant,
+    };
+
     use super::*;
+
+    /// Every connection is a descriptor, and whoever reverts needs some.
+    #[tokio::test]
+    async fn who_asks_for_nothing_or_for_too_much_has_his_place_for_a_while() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        answer(listener, Router::new().route("/metrics", get(async || "figures")));
+        let mut silent = Vec::new();
+        for _ in 0..MOST_SCRAPES {
+            silent.push(TcpStream::connect(address).await.unwrap());
+        }
+        let started = Instant::now();
+        let mut one = TcpStream::connect(address).await.unwrap();
+        one.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        one.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("figures"), "{answer}");
+        assert!(started.elapsed() > LONGEST_SCRAPE / 2, "there was a place for one more");
+        for mut connection in silent {
+            let ended = timeout(LONGEST_SCRAPE, connection.read(&mut [0])).await;
+            assert_eq!(ended.expect("it is still open").unwrap_or(0), 0);
+        }
+    }
 
     #[test]
     fn packets_are_counted_once_however_often_one_looks() {

@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use squall_proto::v1::{ArmRequest, CpuFault, Direction, Fault, NetworkFault, State, Target, fault};
+use squall_proto::v1::{
+    ArmRequest, CpuFault, Direction, Fault, Loss, NetworkFault, RevertRequest, State, Target, UpdateRequest,
+    fault,
+};
 use squall_tests::{
     Agent, AgentOptions, Place, Sockets, bin_dir, cidr, delay, interface, partition, process, wait_for,
 };
@@ -177,6 +180,63 @@ async fn clean_goes_on_after_a_record_that_it_cannot_read() -> Result<()> {
     ensure!(!ok && said.contains("load.json: format 99"), "{said}");
     ensure!(said.contains("torn.json: not an undo record"), "{said}");
     ensure!(said.contains("undo delay") && said.contains("undo loopback"), "the rest did not go on: {said}");
+    let (ok, said) = clean(&agent.state_dir(), &[])?;
+    ensure!(!ok && said.contains("load.json.unreadable: it was set aside before"), "{said}");
+    fs::create_dir(journal.join("busy.json"))?;
+    for aside in ["load", "torn"] {
+        fs::remove_file(journal.join(format!("{aside}.json.unreadable")))?;
+    }
+    let (ok, said) = clean(&agent.state_dir(), &[])?;
+    ensure!(!ok && said.contains("busy.json: Is a directory") && said.contains("try again"), "{said}");
+    ensure!(journal.join("busy.json").exists(), "what cannot be read just now was thrown away");
     wait_for("the stressor to end with its agent", PATIENCE, || Ok(place.victim.is_alone()?.then_some(())))?;
+    place.is_restored()
+}
+
+/// A loss on loopback: it takes nothing that outlives its agent.
+fn loss() -> fault::Kind {
+    let loss = Some(Loss { ratio: 0.1, ..Loss::default() });
+    fault::Kind::Network(NetworkFault { loss, ..NetworkFault::default() })
+}
+
+fn loopback_delay() -> fault::Kind {
+    fault::Kind::Network(delay(50, Direction::Egress, vec![cidr("127.0.0.0/8")]))
+}
+
+/// The settings of loopback, and on most kernels a line.
+fn outlives(place: &Place) -> Result<()> {
+    let left = place.left()?;
+    ensure!(left.iter().any(|change| change.contains("route_localnet 1")), "nothing to clean: {left:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_an_update_came_to_need_is_taken_back_too() -> Result<()> {
+    let place = Place::new("clean")?;
+    let mut agent = Agent::start(AgentOptions::default()).await?;
+    inject(&agent, "loss", interface("lo", place.lab.near.name()), loss()).await?;
+    let later = Some(Fault { kind: Some(loopback_delay()) });
+    agent.client().await?.update(UpdateRequest { id: "loss".into(), fault: later }).await?;
+    agent.kill()?;
+    outlives(&place)?;
+    agent.restart().await?;
+    ensure!(records(&agent)? == 0, "records are left");
+    ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
+    place.is_restored()
+}
+
+#[tokio::test]
+async fn what_another_injection_left_to_the_last_one_is_taken_back_too() -> Result<()> {
+    let place = Place::new("clean")?;
+    let mut agent = Agent::start(AgentOptions::default()).await?;
+    inject(&agent, "loss", interface("lo", place.lab.near.name()), loss()).await?;
+    inject(&agent, "delay", interface("lo", place.lab.near.name()), loopback_delay()).await?;
+    let revert = RevertRequest { ids: vec!["delay".into()], all: false };
+    let reverted = agent.client().await?.revert(revert).await?.into_inner().injections;
+    ensure!(reverted[0].state() == State::Reverted, "{reverted:?}");
+    agent.kill()?;
+    outlives(&place)?;
+    agent.restart().await?;
+    ensure!(agent.terminate()?.success(), "the agent failed:\n{}", agent.log());
     place.is_restored()
 }

@@ -189,6 +189,20 @@ fn all_scenarios(world: &World) -> Vec<Scenario> {
         fault::Kind::Memory(MemoryFault { size: Some(memory_fault::Size::Bytes(mib * MIB)), ramp_ns: 0 })
     };
     vec![
+        // First, so that where each point has its turn once, it is here: what comes to be needed comes with the update.
+        Scenario {
+            target: interface("lo", world.lab.near.name()),
+            ping: Some("127.0.0.1"),
+            ..near(
+                "loss on loopback that becomes a delay",
+                NetworkFault {
+                    direction: Direction::Egress.into(),
+                    loss: Some(Loss { ratio: 1.0, ..Loss::default() }),
+                    ..NetworkFault::default()
+                },
+                delay(400, Direction::Egress, vec![]),
+            )
+        },
         near(
             "partition",
             partition(Direction::Both, vec![]),

@@ -10,7 +10,9 @@ use squall_proto::v1::{
     ArmRequest, CpuFault, Delay, DescribeRequest, Direction, Fault, Injection, MemoryFault, NetworkFault,
     ProcessSelector, RevertRequest, State, Target, fault, memory_fault, target,
 };
-use squall_tests::{Agent, AgentOptions, Cgroup, Lab, Running, need_root, unique, wait_for};
+use squall_tests::{
+    Agent, AgentOptions, Cgroup, Lab, Running, Sockets, cidr, delay, interface, need_root, unique, wait_for,
+};
 use syscalls::Sysno;
 
 const MIB: u64 = 1 << 20;
@@ -174,6 +176,42 @@ fn with_the_tables_capabilities_and_the_filters_system_calls_everything_works() 
         }
         Ok(())
     })?;
+    assert_eq!(before.changes(&lab.near.state()?), [""; 0]);
+    Ok(())
+}
+
+/// A container that is not privileged has /proc/sys, and cannot write there.
+#[tokio::test(flavor = "multi_thread")]
+async fn delay_on_loopback_works_where_proc_sys_is_read_only() -> Result<()> {
+    need_root()?;
+    let lab = Lab::new("privilege")?;
+    let before = lab.near.state()?;
+    let read_only =
+        "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$0\" \"$@\"";
+    let mut under = vec!["unshare", "--mount", "sh", "-c", read_only];
+    let only = only(&all());
+    under.extend(only.iter().map(String::as_str));
+    let mut agent = Agent::start(AgentOptions { under: &under, ..AgentOptions::default() }).await?;
+    ensure!(
+        fs::read_to_string(format!("/proc/{}/mounts", agent.pid()))?.contains(" /proc/sys proc ro,"),
+        "it is not read-only"
+    );
+    let request = ArmRequest {
+        id: "loopback".into(),
+        target: Some(interface("lo", lab.near.name())),
+        fault: Some(Fault {
+            kind: Some(fault::Kind::Network(delay(50, Direction::Egress, vec![cidr("127.0.0.0/8")]))),
+        }),
+        duration_ns: 300_000_000_000,
+        lease_ns: 120_000_000_000,
+        dry_run: false,
+        only: Vec::new(),
+    };
+    let injected = agent.client().await?.inject(request).await?.into_inner().injections;
+    ensure!(injected[0].state() == State::Active, "{injected:?}");
+    let rtt = lab.near.rtt_with("127.0.0.1")?;
+    ensure!(rtt > 99.0, "{rtt} ms");
+    ensure!(agent.terminate()?.success(), "{}", agent.log());
     assert_eq!(before.changes(&lab.near.state()?), [""; 0]);
     Ok(())
 }

@@ -557,3 +557,15 @@ async fn a_lease_that_is_renewed_goes_on() -> Result<()> {
     assert_eq!(case.remains()?, [""; 0]);
     Ok(())
 }
+
+/// Whoever has no descriptors left can revert nothing.
+#[tokio::test]
+async fn agent_takes_all_the_descriptors_that_it_may_have() -> Result<()> {
+    need_root()?;
+    let under = ["prlimit", "--nofile=64:4096"];
+    let agent = Agent::start(AgentOptions { under: &under, ..AgentOptions::default() }).await?;
+    let limits = fs::read_to_string(format!("/proc/{}/limits", agent.pid()))?;
+    let open = limits.lines().find(|line| line.starts_with("Max open files")).context("no such limit")?;
+    ensure!(open.split_whitespace().filter(|word| *word == "4096").count() == 2, "{open}");
+    Ok(())
+}

@@ -19,6 +19,9 @@ use crate::{
     upgrade::{self, Known, Upgrade},
 };
 
+/// How long a plan takes, in which others do what they do.
+const PLANNING: Duration = Duration::from_millis(5);
+
 type Log = Arc<Mutex<Vec<String>>>;
 
 /// Worlds by name: an undo record is plain data, so it can only name its world.
@@ -105,6 +108,10 @@ impl Fault for Fake {
     }
 
     async fn plan(&self, _: &Target) -> Result<Planned<Undo>> {
+        if self.level == 9 {
+            note(&self.world, "plan b");
+        }
+        sleep(PLANNING).await;
         let undo = Undo(self.world.clone());
         let seed = if self.seed == 0 { 7 } else { self.seed };
         Ok(Planned { undo, changes: vec![], warnings: vec![], mechanism: "fake".into(), seed })
@@ -556,6 +563,112 @@ async fn limits_and_bad_orders_are_refused() {
     }
     let full = bench.engine.arm(bench.order("more", bench.fake())).await;
     assert!(matches!(full, Err(EngineError::Full(32))));
-    assert!(bench.engine.drain("asked").await.is_empty());
+    bench.engine.revert(&["n7".into()], "asked").await.unwrap();
     bench.engine.arm(bench.order("more", bench.fake())).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_comes_while_the_agent_ends_is_refused_and_what_was_there_is_reverted() {
+    for hand_over in [false, true] {
+        let bench = Bench::new(&format!("ending {hand_over}"));
+        bench.inject(bench.order("a", bench.fake())).await;
+        bench.engine.arm(bench.order("armed", bench.fake())).await.unwrap();
+        let end = async {
+            // The other one is let in by now, and plans.
+            while !bench.log().contains(&"plan b".to_owned()) {
+                tokio::task::yield_now().await;
+            }
+            if hand_over { bench.engine.hand_over().await } else { bench.engine.drain("asked").await }
+        };
+        let late = bench.engine.arm(bench.order("b", Fake { level: 9, ..bench.fake() }));
+        let (late, left) = tokio::join!(late, end);
+        assert!(matches!(late, Err(EngineError::Leaving)), "{late:?}");
+        assert!(left.is_empty(), "{left:?}");
+        for refused in [
+            bench.engine.arm(bench.order("c", bench.fake())).await.map(drop),
+            bench.engine.fire(&["armed".into()]).await.map(drop),
+            bench.engine.update("a", bench.fake().any()).await.map(drop),
+        ] {
+            assert!(matches!(refused, Err(EngineError::Leaving)), "{refused:?}");
+        }
+        assert!(!bench.engine.list().iter().any(is_live));
+        assert_eq!(bench.records(), 0);
+        let gone = bench.engine.renew(&["a".into()]).await;
+        assert_eq!(gone.is_err(), hand_over, "with this agent it is gone, with the next it is not: {gone:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_id_is_one_injection_however_many_ask_at_once() {
+    let bench = Bench::new("at once");
+    let one = || bench.order("a", bench.fake());
+    let (first, second) = tokio::join!(bench.engine.arm(one()), bench.engine.arm(one()));
+    assert_eq!((first.unwrap().len(), second.unwrap().len()), (1, 1), "it is the same order");
+    bench.engine.fire(&["a".into()]).await.unwrap();
+    let other = |level| bench.order("b", Fake { level, ..bench.fake() });
+    let (first, second) = tokio::join!(bench.engine.arm(other(1)), bench.engine.arm(other(2)));
+    assert!(first.is_ok() != second.is_ok(), "two orders are not one: {first:?}, {second:?}");
+    let refused = first.and(second).unwrap_err();
+    assert!(matches!(refused, EngineError::Conflict(_)), "{refused}");
+    bench.engine.fire(&["b".into()]).await.unwrap();
+    bench.engine.revert(&["a".into(), "b".into()], "asked").await.unwrap();
+    let log = bench.log();
+    let count = |what: &str| log.iter().filter(|line| line.starts_with(what)).count();
+    assert_eq!((count("inject"), count("revert"), bench.records()), (2, 2, 0), "{log:?}");
+}
+
+#[tokio::test]
+async fn what_is_live_keeps_its_id() {
+    let bench = Bench::new("kept id");
+    bench.inject(bench.order("a", bench.fake())).await;
+    let (core, _) = bench.engine.entries(&["a".to_owned()]).unwrap().remove(0);
+    let entry =
+        |core: &Arc<Core>| Entry { core: Arc::clone(core), order: None, commands: mpsc::channel(1).0 };
+    assert!(matches!(bench.engine.0.insert("a".into(), entry(&core)), Err(EngineError::Conflict(_))));
+    assert_eq!(bench.engine.revert(&["a".into()], "asked").await.unwrap()[0].state(), State::Reverted);
+    assert!(bench.engine.0.insert("a".into(), entry(&core)).is_ok());
+}
+
+#[tokio::test]
+async fn what_is_stuck_can_be_asked_for_as_often_as_one_likes() {
+    let bench = Bench::new("stuck often");
+    *world("stuck often").failing_reverts.lock().unwrap() = 1000;
+    bench.inject(bench.order("a", bench.fake())).await;
+    bench.inject(bench.order("b", Fake { fails: Some("no"), ..bench.fake() })).await;
+    for _ in 0..40 {
+        for id in ["a".to_owned(), "b".to_owned()] {
+            let asked = bench.engine.revert(std::slice::from_ref(&id), "asked");
+            let asked = tokio::time::timeout(Duration::from_secs(5), asked).await;
+            assert_eq!(asked.expect("it is answered").unwrap()[0].state(), State::Stuck);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_nobody_played_back_keeps_its_id() {
+    let bench = Bench::new("recorded");
+    let undo = serde_json::to_value(Undo("recorded".into())).unwrap();
+    let (boot_id, target) = (bench.engine.0.boot_id.clone(), bench.target());
+    let record =
+        Record { id: "unknown".into(), kind: "newer".into(), target, undo, created: BootTime(1), boot_id };
+    bench.engine.0.journal.undo.write(&record).unwrap();
+    let journal = bench.dir.path().join("journal");
+    std::fs::write(journal.join("damaged.json"), "{").unwrap();
+    std::fs::create_dir(journal.join("unread.json")).unwrap();
+    bench.engine.replay(&[Kind::of::<Fake>()]).await.unwrap();
+    for id in ["unknown", "damaged", "unread"] {
+        let refused = bench.engine.arm(bench.order(id, bench.fake())).await.map(drop).unwrap_err();
+        assert!(refused.to_string().contains("has an undo record"), "{id}: {refused}");
+    }
+    assert_eq!(bench.engine.0.journal.undo.read().unwrap().records, [record]);
+    assert!(bench.log().is_empty());
+}
+
+#[tokio::test]
+async fn what_was_left_and_cannot_be_read_is_never_resumed() {
+    let bench = Bench::new("unread left");
+    let file = bench.dir.path().join("resume/a.json");
+    std::fs::create_dir(&file).unwrap();
+    assert!(bench.engine.take_left().unwrap().is_empty());
+    assert!(!file.exists(), "it may be read the next time");
 }

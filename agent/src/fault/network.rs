@@ -118,9 +118,9 @@ struct Remains {
     filters: bool,
     /// Whether the clsact qdisc is there because of us.
     clsact: bool,
-    /// Whether a line may be beside it.
+    /// Whether a line may come to be beside it.
     line: bool,
-    /// Settings by which packets of this host are taken without their route because of us.
+    /// Settings by which packets of this host may come to be taken without their route because of us.
     localnet: localnet::Changed,
 }
 
@@ -753,11 +753,15 @@ fn plan_interface(
         }
         Hook::Clsact => format!("{name}: filters squall_* in its clsact qdisc; undo: remove the filters"),
     });
+    // Whatever an update may come to need, and another injection here: its record goes with it, and the line stays for this one.
+    undo.remains.line = matches!(support.holder(interface), Ok(Holder::Line));
+    if interface.loopback {
+        undo.remains.localnet = localnet::missing()?.or(place.made_localnet());
+    }
     if spec.holds() {
         let latency = spec.action.latency;
         match support.holder(interface)? {
             Holder::Line => {
-                undo.remains.line = true;
                 let ends = line::names(interface.index, outside).join(" and ");
                 let room = line::room(spec.longest());
                 planned.changes.push(format!(
@@ -793,10 +797,8 @@ fn plan_interface(
             .push(format!("{name}: TAP devices squall*, where packets are changed; end with the agent"));
     }
     if interface.loopback {
-        if spec.detours() {
-            undo.remains.localnet = localnet::missing()?.or(place.made_localnet());
-        }
-        if undo.remains.localnet.any() {
+        if spec.detours() && undo.remains.localnet.any() {
+            localnet::check(localnet::missing()?)?;
             planned
                 .changes
                 .push(format!("{name}: route_localnet and accept_local become 1; undo: back to 0"));
@@ -938,13 +940,12 @@ fn revert(undo: &Undo) -> Result<()> {
         }
     }
     // What an agent that died left behind. The namespace may be gone, and everything in it.
-    let Some(netns) = Netns::find(&undo.netns_path, undo.netns_inode) else { return Ok(()) };
+    let Some(netns) = Netns::find(&undo.netns_path, undo.netns_inode)? else { return Ok(()) };
     netns.run(|| {
         let mut netlink = Netlink::open()?;
         let present = netlink.interfaces()?;
         for interface in left {
-            let there = present.iter().any(|i| i.index == interface.index && i.name == interface.name);
-            clean(&mut netlink, interface, there)
+            clean(&mut netlink, interface, &present)
                 .with_context(|| format!("cleaning up {} in net:[{}]", interface.name, undo.netns_inode))?;
         }
         Ok(())
@@ -952,7 +953,8 @@ fn revert(undo: &Undo) -> Result<()> {
 }
 
 /// Takes back what is left of a port. The line beside an interface is there even when the interface is not.
-fn clean(netlink: &mut Netlink, interface: &UndoInterface, there: bool) -> Result<()> {
+fn clean(netlink: &mut Netlink, interface: &UndoInterface, present: &[Interface]) -> Result<()> {
+    let there = present.iter().any(|i| i.index == interface.index && i.name == interface.name);
     if there && interface.remains.filters && netlink.has_clsact(interface.index)? {
         crash::step("network.filters")?;
         remove_filters(&interface.name)?;
@@ -961,7 +963,9 @@ fn clean(netlink: &mut Netlink, interface: &UndoInterface, there: bool) -> Resul
         crash::step("network.clsact")?;
         netlink.remove_empty_clsact(interface.index)?;
     }
-    if interface.remains.line {
+    let names = line::names(interface.index, interface.outside);
+    let ours = |i: &Interface| names.contains(&i.name) && !line::is_anothers(i.alias.as_deref());
+    if interface.remains.line && present.iter().any(ours) {
         crash::step("network.line")?;
         Line::remove(netlink, interface.index, interface.outside)?;
     }

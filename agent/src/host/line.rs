@@ -65,6 +65,12 @@ pub fn owned(mark: Option<&str>) -> bool {
     })
 }
 
+/// As [`owned`], by another process than this one.
+#[must_use]
+pub fn is_anothers(mark: Option<&str>) -> bool {
+    owned(mark) && mark != Some(&self::mark())
+}
+
 impl Line {
     /// Makes the line of an interface in the calling thread's network namespace. What a dead agent left there goes first; that of another
     /// living one stays.
@@ -179,5 +185,9 @@ mod tests {
         assert!(owned(Some(&mark)));
         assert!(!owned(Some(&format!("{mark}0"))), "another process of the same pid");
         assert!(!owned(None));
+        assert!(!is_anothers(Some(&mark)));
+        let parent = nix::unistd::getppid().as_raw();
+        let start = proc::stat(parent).unwrap().starttime;
+        assert!(is_anothers(Some(&format!("{MARK}{parent} {start}"))));
     }
 }

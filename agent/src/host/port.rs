@@ -177,15 +177,21 @@ impl Place {
         if port.rules.iter().any(|&used| used) {
             return Ok(false);
         }
-        match slot.take() {
-            Some(port) => port.close().map(|()| true),
-            None => Ok(true),
+        // Where that fails it stays in its place, so that whoever tries again finds what is left of it.
+        port.close()?;
+        if let Some(Port { programs, .. }) = slot.take() {
+            programs.give_back();
         }
+        Ok(true)
     }
 
     fn sweep(&self, port: &mut Port) -> Result<()> {
-        let leaving = std::mem::take(&mut *lock(&self.leaving));
-        leaving.into_iter().try_for_each(|rule| port.remove(rule))
+        let mut leaving = lock(&self.leaving);
+        while let Some(&rule) = leaving.last() {
+            port.remove(rule)?;
+            leaving.pop();
+        }
+        Ok(())
     }
 
     /// What the open port changed so that the loopback interface takes packets from elsewhere.
@@ -813,70 +819,60 @@ impl Port {
         Ok(())
     }
 
-    /// Takes everything back.
-    fn close(self) -> Result<()> {
+    /// Takes everything back. What failed can be tried again.
+    fn close(&mut self) -> Result<()> {
         let (netns, name) = (Arc::clone(&self.netns), self.interface.name.clone());
-        let netns_inode = netns.inode();
         // All of it inside: a filter that is dropped elsewhere would take another's with it.
-        netns
-            .run(move || {
-                let mut port = self;
-                for rule in 0..RULES {
-                    port.remove(rule)?;
-                }
-                // Nothing may be left for the next interface, also where writing failed before.
-                port.write_maps()?;
-                let Self {
-                    interface,
-                    outside,
-                    mut programs,
-                    attached,
-                    line,
-                    taps,
-                    made_localnet,
-                    longest,
-                    support,
-                    ..
-                } = port;
-                crash::step("port.close")?;
-                let mut netlink = Netlink::open()?;
-                // The queues send off what they hold, which takes the programs.
-                drop(taps);
-                if let Some(line) = line {
-                    crash::step("port.close.drain")?;
-                    let left = drain(&mut netlink, line, longest.min(LONGEST_DRAIN))?;
-                    if left > 0 {
-                        tracing::warn!(
-                            "{left} packets of {} that were to be later still are lost",
-                            interface.name
-                        );
-                    }
-                }
-                crash::point("port.close.programs");
-                programs.detach();
-                if support.hook == Hook::Clsact && attached.contains(&true) {
-                    crash::step("port.close.filters")?;
-                    remove_filters(&interface.name)?;
-                }
-                if line.is_some() {
-                    crash::step("port.close.line")?;
-                    Line::remove(&mut netlink, interface.index, outside)?;
-                }
-                let clsact = (netns_inode, interface.index);
-                if lock(&CLSACTS).remove(&clsact) {
-                    crash::step("port.close.clsact")?;
-                    netlink.remove_empty_clsact(interface.index)?;
-                    if netlink.has_clsact(interface.index)? {
-                        lock(&CLSACTS).insert(clsact);
-                    }
-                }
-                crash::step("port.close.localnet")?;
-                localnet::set(made_localnet, false)?;
-                crash::point("port.closed");
-                programs.give_back();
-                Ok(())
-            })
-            .with_context(|| format!("taking our programs off {name}"))
+        netns.run(|| self.close_inside()).with_context(|| format!("taking our programs off {name}"))
+    }
+
+    fn close_inside(&mut self) -> Result<()> {
+        for rule in 0..RULES {
+            self.remove(rule)?;
+        }
+        // The next port gets these maps: nothing may stay in them, also where writing them failed before.
+        self.write_maps()?;
+        crash::step("port.close")?;
+        let mut netlink = Netlink::open()?;
+        let interface = &self.interface;
+        // The queues send off what they hold, which takes the programs.
+        self.taps = [const { None }; LANES];
+        if let Some(line) = self.line {
+            crash::step("port.close.drain")?;
+            let left = drain(&mut netlink, line, self.longest.min(LONGEST_DRAIN))?;
+            if left > 0 {
+                tracing::warn!("{left} packets of {} that were to be later still are lost", interface.name);
+            }
+        }
+        crash::point("port.close.programs");
+        self.programs.detach();
+        // An interface that is gone took with it what was on it.
+        let there = netlink.interfaces()?.into_iter().find(|there| there.index == interface.index);
+        if let Some(there) = there.filter(|_| self.support.hook == Hook::Clsact)
+            && self.attached.contains(&true)
+        {
+            crash::step("port.close.filters")?;
+            remove_filters(&there.name)?;
+        }
+        self.attached = [false; 2];
+        if self.line.is_some() {
+            crash::step("port.close.line")?;
+            Line::remove(&mut netlink, interface.index, self.outside)?;
+            self.line = None;
+        }
+        let clsact = (self.netns.inode(), interface.index);
+        if lock(&CLSACTS).contains(&clsact) {
+            crash::step("port.close.clsact")?;
+            netlink.remove_empty_clsact(interface.index)?;
+            if !netlink.has_clsact(interface.index)? {
+                lock(&CLSACTS).remove(&clsact);
+            }
+        }
+        crash::step("port.close.localnet")?;
+        localnet::set(self.made_localnet, false)?;
+        self.made_localnet = localnet::Changed::default();
+        crash::point("port.closed");
+        Ok(())
     }
 }
 
@@ -909,6 +905,7 @@ pub fn cost(specs: Vec<Spec>, frame: &[u8], repeat: u32) -> Result<Duration> {
         bail!("the packet was to match nothing, and matched {matched} times");
     }
     port.close()?;
+    port.programs.give_back();
     Ok(cost)
 }
 

@@ -417,7 +417,7 @@ mod tests {
                 let (netns, sockets) = run_in_new(|| {
                     assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status()?.success());
                     let path = Path::new("/proc/thread-self/ns/net");
-                    let netns = Netns::find(path, fs::metadata(path)?.ino()).context("just made")?;
+                    let netns = Netns::find(path, fs::metadata(path)?.ino())?.context("just made")?;
                     let sockets = servers.iter().map(|(address, _)| UdpSocket::bind((*address, 53)));
                     Ok((netns, sockets.collect::<std::io::Result<Vec<_>>>()?))
                 })?;

@@ -286,7 +286,7 @@ mod tests {
             let (netns, listeners, streams) = run_in_new(|| {
                 assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status()?.success());
                 let path = Path::new("/proc/thread-self/ns/net");
-                let netns = Netns::find(path, fs::metadata(path)?.ino()).context("just made")?;
+                let netns = Netns::find(path, fs::metadata(path)?.ino())?.context("just made")?;
                 // The last is an IPv6 socket that speaks IPv4.
                 let listeners = ["127.0.0.1:0", "[::1]:0", "[::]:0"].map(TcpListener::bind);
                 let listeners = listeners.into_iter().collect::<io::Result<Vec<_>>>()?;
@@ -326,7 +326,7 @@ mod tests {
                     assert!(same.len() == 1 && same[0].local == socket.local, "{socket:?} in {again:?}");
                 }
             }
-            let own = Netns::find(Path::new("/proc/self/ns/net"), fs::metadata("/proc/self/ns/net")?.ino());
+            let own = Netns::find(Path::new("/proc/self/ns/net"), fs::metadata("/proc/self/ns/net")?.ino())?;
             let elsewhere = established(&own.context("there is one")?)?;
             let ours: Vec<_> = streams.iter().filter_map(|stream| stream.local_addr().ok()).collect();
             assert!(elsewhere.iter().all(|socket| !ours.contains(&socket.local)), "{elsewhere:?}");

@@ -50,15 +50,15 @@ fn mask(cpus: usize) -> String {
 
 fn write_mask(interface: &str, mask: &str) -> io::Result<()> {
     let path = format!("class/net/{interface}/queues/rx-{CPU_OF_FLOW}/rps_cpus");
-    let file = openat(&sysfs()?, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let file =
+        openat(&detached(c"sysfs")?, path.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
     File::from(file).write_all(mask.as_bytes())
 }
 
-/// sysfs as it is in the calling thread's network namespace, mounted nowhere; it is gone with its descriptor.
-fn sysfs() -> io::Result<OwnedFd> {
-    const TYPE: &CStr = c"sysfs";
+/// A file system such as sysfs as it is in the calling thread's namespaces, mounted nowhere; it is gone with its descriptor.
+pub(super) fn detached(kind: &CStr) -> io::Result<OwnedFd> {
     // SAFETY: the string ends with a NUL and lives for the call.
-    let context = descriptor(unsafe { libc::syscall(libc::SYS_fsopen, TYPE.as_ptr(), OPEN_CLOEXEC) })?;
+    let context = descriptor(unsafe { libc::syscall(libc::SYS_fsopen, kind.as_ptr(), OPEN_CLOEXEC) })?;
     let none: *const libc::c_char = ptr::null();
     // SAFETY: this command takes neither key nor value.
     let made = unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), CREATE, none, none, 0) };

@@ -323,3 +323,19 @@ async fn privileged_a_rule_that_does_not_fit_leaves_nothing_behind() {
     assert!(port.trie.is_empty() && port.listening.is_empty());
     port.close().expect("closed");
 }
+
+/// A port whose close fails is there for whoever tries again, and is closed then. Needs root.
+#[tokio::test(flavor = "multi_thread")]
+async fn privileged_what_could_not_be_closed_stays_to_be_closed() {
+    let mut port = scratch().expect("root, and a kernel with eBPF");
+    let key = Key { netns: port.netns.inode(), interface: port.interface.index, outside: false };
+    let everyone: Cidr = "10.0.0.0/8".parse().expect("a prefix");
+    // In the map, as the port has it, it is not: removing it fails.
+    port.trie.insert(everyone, 1);
+    *lock(&place(key).port) = Some(port);
+    settle(key).expect_err("an entry that is not there cannot be removed");
+    settle(key).expect_err("it is not closed by having failed");
+    lock(&place(key).port).as_mut().expect("it is still there").trie.clear();
+    assert!(settle(key).expect("nothing is in the way any more"));
+    assert!(lock(&place(key).port).is_none());
+}
