@@ -11,12 +11,12 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use squall_proto::v1::{
     ArmRequest, CgroupSelector, CpuFault, DescribeRequest, Fault, Injection, ListRequest, MemoryFault,
-    NetworkFault, ProcessSelector, RevertRequest, State, Target, agent_client::AgentClient, fault,
+    NetworkFault, ProcessSelector, RevertRequest, Sockets, State, Target, agent_client::AgentClient, fault,
     memory_fault, target,
 };
 use squall_tests::{
-    Agent, AgentOptions, Cgroup, Controller, Running, Victim, bin_dir, in_a_shop, need_root, stdout, unique,
-    wait_for,
+    Agent, AgentOptions, Cgroup, Controller, Lab, Running, Victim, bin_dir, cidr, in_a_shop, interface,
+    need_root, stdout, unique, wait_for,
 };
 use tonic::transport::Channel;
 
@@ -134,11 +134,15 @@ struct Named {
 
 impl Named {
     fn start(name: &str) -> Result<Self> {
+        Self::start_by(name, &|program| Command::new(program))
+    }
+
+    fn start_by(name: &str, command: &dyn Fn(&Path) -> Command) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let program = dir.path().join(name);
         fs::copy(stdout(Command::new("sh").args(["-c", "command -v sleep"]))?.trim(), &program)?;
         let cgroup = Cgroup::new(unique("bounds"))?;
-        let process = Running::start(name, &cgroup.wrap(Command::new(&program).arg("3600")))?;
+        let process = Running::start(name, &cgroup.wrap(command(&program).arg("3600")))?;
         wait_for("the process in its cgroup", SOON, || {
             let exe = fs::read_link(Path::new("/proc").join(process.pid().to_string()).join("exe"));
             Ok(exe.is_ok_and(|exe| exe == program).then_some(()))
@@ -186,6 +190,79 @@ async fn what_a_node_is_run_and_reached_through_is_never_hurt() -> Result<()> {
     let refused = inject(&mut agent.client().await?, request("z", process(other.pid()), cpu())).await;
     let refused = refused.expect_err("its cgroup is protected");
     ensure!(refused.contains(&format!("--protect {place}")), "{refused}");
+    Ok(())
+}
+
+/// A node with one pod behind a veth pair: the agent is on the near side, and the pod on the far one.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_protected_is_not_hurt_by_its_network_either() -> Result<()> {
+    let lab = Lab::new("bounds")?;
+    let uid = Kubelet::uid(0);
+    let dir = tempfile::tempdir()?;
+    let logs = |namespace: &str| -> Result<String> {
+        let logs = dir.path().join(namespace);
+        fs::create_dir_all(logs.join(format!("{namespace}_some-pod_{uid}")))?;
+        Ok(logs.display().to_string())
+    };
+    let in_far = |program: &Path| lab.far.command(program);
+    // What is asked for by name, somebody beside it, and somebody on the node.
+    let etcd = Named::start_by("etcd", &in_far)?;
+    let [beside, shop] =
+        [Named::start_by("beside", &in_far)?, Named::start_by("shop", &|program| lab.near.command(program))?];
+    let place = format!("kubepods/pod{uid}/app");
+    let pod = etcd.cgroup.wrap_below(&place, lab.far.command("sleep").arg("3600"))?;
+    let _pod = Running::start("a pod", &pod)?;
+
+    let cut = |change: &dyn Fn(&mut NetworkFault)| {
+        let mut fault =
+            NetworkFault { partition: true, peers: vec![cidr("10.99.0.77/32")], ..NetworkFault::default() };
+        change(&mut fault);
+        Fault { kind: Some(fault::Kind::Network(fault)) }
+    };
+    let just = cut(&|_| {});
+    let all = cut(&|fault| {
+        fault.set_sockets(Sockets::All);
+        fault.interface = "near0".to_owned();
+    });
+    let agent = async |args: &[&str]| {
+        let agent =
+            Agent::start(AgentOptions { netns: Some(&lab.near), args, ..AgentOptions::default() }).await?;
+        anyhow::Ok((agent.client().await?, agent))
+    };
+    let hurt = [
+        ("the node's end of a pod", interface("near0", ""), just.clone()),
+        ("the pod's own end", interface("far0", lab.far.name()), just.clone()),
+        ("who shares its network", process(beside.pid()), just.clone()),
+    ];
+    for (args, why) in [
+        (["--protect", "etcd"], "--protect etcd"),
+        (["--pod-logs", &logs("kube-system")?], "of the namespace kube-system, which is protected"),
+    ] {
+        let (mut client, _agent) = agent(&args).await?;
+        for (what, target, fault) in hurt.clone() {
+            let refused = inject(&mut client, request("x", target, fault)).await;
+            let refused = refused.err().with_context(|| format!("{what} is cut off"))?;
+            ensure!(refused.starts_with("target: ") && refused.contains(why), "{what}: {refused}");
+        }
+        // By the way of somebody on the node.
+        let refused = inject(&mut client, request("x", process(shop.pid()), all.clone())).await;
+        let refused = refused.err().context("its end is cut off by the way")?;
+        ensure!(
+            refused.contains("network.interface: near0: ") && refused.contains("the target"),
+            "{refused}"
+        );
+    }
+    // Where it is nobody special, and on the node's other interfaces.
+    let (mut client, _agent) = agent(&["--pod-logs", &logs("web")?]).await?;
+    for (n, (what, target, fault)) in hurt.into_iter().enumerate() {
+        let id = format!("fine-{n}");
+        let injected = inject(&mut client, request(&id, target, fault)).await.map_err(anyhow::Error::msg);
+        let injected = injected.with_context(|| what.to_owned())?;
+        ensure!(injected.state() == State::Active && injected.pods == [uid.as_str()], "{what}: {injected:?}");
+    }
+    let (mut client, _agent) = agent(&["--protect", "etcd"]).await?;
+    let injected = inject(&mut client, request("lo", interface("lo", ""), just)).await;
+    ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
     Ok(())
 }
 

@@ -7,7 +7,7 @@ mod parse;
 mod words;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
@@ -57,6 +57,10 @@ use crate::{
 const REFRESH: Duration = Duration::from_secs(5);
 /// A TAP queue holds so many bytes at the most (`MOST_BYTES` in host/tap.rs).
 const QUEUE_BITS: f64 = 8.0 * 268_435_456.0;
+/// A fault on this part, or more, of what a node may send and receive is one on everybody there.
+const MOST_OF_A_NODE: f64 = 0.5;
+/// Where the addresses of hosts are.
+const UNICAST: [&str; 2] = ["0.0.0.0/0", "2000::/3"];
 /// Ports of services on a node without which nobody can get in and take a fault back: SSH, the API server, the kubelet.
 const LIFELINES: [u16; 3] = [22, 6443, 10250];
 
@@ -256,20 +260,22 @@ impl Fault for Network {
                 "leave it out, or choose another target",
             ));
         }
-        let everything = |peer: &Peer| {
-            let Peer { clause, hosts } = peer;
-            (clause.cidrs.iter().any(Cidr::is_everything) || clause.cidrs.is_empty() && hosts.is_empty())
-                && clause.peer_ports.is_empty()
-                && clause.local_ports.is_empty()
-        };
         let own_sockets = self.cgroup_of(target).is_ok_and(|cgroup| cgroup.is_some());
-        if netns.own && !own_sockets && !limits.whole_node_network && self.peers.iter().any(everything) {
+        let everybodys = netns.own && !own_sockets;
+        if everybodys && !limits.whole_node_network && self.share_of_packets() >= MOST_OF_A_NODE {
             return Err(Invalid::new(
                 "network.peers",
                 "every packet",
                 format!("{target} is in the node's own network namespace: this would hit everybody on it"),
-                "name peers by CIDR or port, or start the agent with --allow-whole-node-network",
+                "name fewer peers by CIDR or port, or start the agent with --allow-whole-node-network",
             ));
+        }
+        // Who is protected was looked at for the target, and so for the interface that the target names.
+        if let Some(name) = self.interface.as_ref().filter(|_| everybodys && target.interface.is_none())
+            && target::behind(name).is_some()
+        {
+            let problem = "it leads into a network of somebody else";
+            return Err(Invalid::new("network.interface", name, problem, "make this interface the target"));
         }
         let spared = self.lifelines(netns.own);
         for (i, Peer { clause, hosts }) in self.peers.iter().enumerate() {
@@ -372,6 +378,21 @@ impl Fault for Network {
 }
 
 impl Network {
+    /// How large a part of all packets it is about at the most, by addresses and ports alone: the sum over its peers, for the IP
+    /// version of which that is the larger part.
+    fn share_of_packets(&self) -> f64 {
+        let share_of = |all: &Cidr| -> f64 {
+            let clauses =
+                self.peers.iter().filter(|peer| !peer.clause.cidrs.is_empty() || peer.hosts.is_empty());
+            let share = |Peer { clause, .. }: &Peer| {
+                let ports = share_of_ports(&clause.peer_ports) * share_of_ports(&clause.local_ports);
+                share_of_addresses(all, &clause.cidrs) * ports
+            };
+            clauses.map(share).sum()
+        };
+        UNICAST.iter().filter_map(|all| Some(share_of(&all.parse().ok()?))).fold(0.0, f64::max)
+    }
+
     /// The rule for the n-th interface. Interfaces draw from different sequences.
     fn spec(&self, seed: u64, n: usize, names: &Names, sockets: Option<&Sockets>, node: bool) -> Spec {
         let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
@@ -443,10 +464,8 @@ impl Network {
             v1::Sockets::Unspecified if !shared => return Ok(None),
             v1::Sockets::Unspecified | v1::Sockets::Target => {}
         }
-        let unified = target.cgroup.as_ref().and_then(|cgroup| cgroup.unified.clone());
-        // The root has no type (Documentation/admin-guide/cgroup-v2.rst).
-        match unified.filter(|path| path.join("cgroup.type").exists()) {
-            Some(path) => Ok(Some(path)),
+        match target.cgroup.as_ref().and_then(target::Cgroup::of_sockets) {
+            Some(path) => Ok(Some(path.to_owned())),
             None => bail!(
                 "{target} shares its network and has no cgroup (v2) of its own by which to tell its sockets; \
                  choose `sockets: all` to hurt everybody there, with peers that are only the target's"
@@ -733,6 +752,38 @@ impl Peer {
     }
 }
 
+/// How large a part of a prefix these take together; without any, all of it.
+fn share_of_addresses(all: &Cidr, cidrs: &[Cidr]) -> f64 {
+    if cidrs.is_empty() || cidrs.iter().any(|cidr| cidr.covers(all)) {
+        return 1.0;
+    }
+    // In this order a prefix comes after all that cover it.
+    let inside: BTreeSet<&Cidr> = cidrs.iter().filter(|cidr| all.covers(cidr)).collect();
+    let (mut share, mut last) = (0.0, None::<&Cidr>);
+    for cidr in inside {
+        if last.is_none_or(|last| !last.covers(cidr)) {
+            share += (-f64::from(cidr.prefix_len() - all.prefix_len())).exp2();
+            last = Some(cidr);
+        }
+    }
+    share
+}
+
+/// How large a part of all ports these take together; without any, all of them.
+fn share_of_ports(ports: &[Ports]) -> f64 {
+    if ports.is_empty() {
+        return 1.0;
+    }
+    let mut ranges: Vec<[u32; 2]> = ports.iter().map(|p| [p.first.into(), u32::from(p.last) + 1]).collect();
+    ranges.sort_unstable();
+    let (mut count, mut next) = (0, 0);
+    for [first, end] in ranges {
+        count += end.saturating_sub(first.max(next));
+        next = next.max(end);
+    }
+    f64::from(count) / 65_536.0
+}
+
 fn is_loopback(cidr: &Cidr) -> bool {
     let loopback = ["127.0.0.0/8", "::1/128"].map(str::parse::<Cidr>);
     loopback.iter().flatten().any(|loopback| loopback.covers(cidr))
@@ -861,4 +912,47 @@ async fn support() -> Result<Arc<Support>> {
     static SUPPORT: OnceCell<Arc<Support>> = OnceCell::const_new();
     let probe = || async { Ok::<_, anyhow::Error>(Arc::new(spawn_blocking(Support::probe).await??)) };
     SUPPORT.get_or_try_init(probe).await.cloned()
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    fn peer(cidrs: &[&str], ports: &[[u32; 2]], hosts: &[&str]) -> v1::Peer {
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        let ports = ports.iter().map(|&[first, last]| v1::PortRange { first, last }).collect();
+        v1::Peer { cidrs: texts(cidrs), hosts: texts(hosts), ports, ..v1::Peer::default() }
+    }
+
+    #[rstest]
+    #[case::no_peer(vec![], true)]
+    #[case::all(vec![peer(&["0.0.0.0/0"], &[], &[])], true)]
+    #[case::two_halves(vec![peer(&["0.0.0.0/1", "128.0.0.0/1"], &[], &[])], true)]
+    #[case::two_halves_of_two_peers(vec![peer(&["::/1"], &[], &[]), peer(&["8000::/1"], &[], &[])], true)]
+    #[case::all_but_one_address_in_256(vec![peer(&["0.0.0.0/1", "128.0.0.0/2", "192.0.0.0/3"], &[], &[])], true)]
+    #[case::all_ports(vec![peer(&[], &[[1, 65535]], &[])], true)]
+    #[case::all_ports_in_parts(vec![peer(&[], &[[1, 30000], [20000, 60000], [60001, 65535]], &[])], true)]
+    #[case::all_of_both(vec![peer(&["0.0.0.0/0"], &[[1, 40000]], &[]), peer(&["0.0.0.0/0"], &[[40001, 65535]], &[])], true)]
+    #[case::one_port(vec![peer(&[], &[[443, 443]], &[])], false)]
+    #[case::a_port_of_all_and_all_of_one(vec![peer(&["0.0.0.0/0"], &[[443, 443]], &[]), peer(&["10.0.0.0/8"], &[], &[])], false)]
+    #[case::a_network_in_itself(vec![peer(&["0.0.0.0/2", "10.0.0.0/8", "20.0.0.0/7"], &[], &[])], false)]
+    #[case::a_name(vec![peer(&[], &[], &["shop.test"])], false)]
+    fn nearly_everything_is_everything(#[case] peers: Vec<v1::Peer>, #[case] everything: bool) {
+        let fault = v1::NetworkFault { peers, partition: true, ..v1::NetworkFault::default() };
+        let fault = Network::parse(fault).unwrap();
+        let target = Target {
+            name: "lo".to_owned(),
+            process: None,
+            cgroup: None,
+            netns: target::Netns::own(),
+            interface: Some("lo".to_owned()),
+        };
+        let refused = fault.check(&target, &Limits::default()).err().map(|refused| refused.to_string());
+        assert_eq!(refused.is_some(), everything, "{refused:?}");
+        assert!(refused.is_none_or(|why| why.contains("--allow-whole-node-network")));
+        let whole_node_network = true;
+        assert_eq!(fault.check(&target, &Limits { whole_node_network, ..Limits::default() }), Ok(()));
+    }
 }

@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::target::Cgroup;
 
+/// Controllers into whose cgroups stressors move (fault/cpu.rs, fault/memory.rs).
+const STRESSED: [&str; 4] = ["cpu", "cpuacct", "cpuset", "memory"];
+
 /// The hierarchies that are mounted on this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hierarchies(Vec<Hierarchy>);
@@ -238,11 +241,30 @@ impl Cgroup {
 
     /// The processes in it and below it.
     pub fn processes(&self) -> Vec<i32> {
-        let mut pids = Vec::new();
-        processes_below(&self.path, &mut pids);
-        pids.sort_unstable();
-        pids.dedup();
-        pids
+        below([self.path.as_path()])
+    }
+
+    /// Everybody that a stressor in it is a neighbour of. On v1 the cgroups of two controllers may have other members.
+    pub fn members(&self) -> Vec<i32> {
+        below(self.stressed().map(|(_, dir)| dir).chain([self.path.as_path()]))
+    }
+
+    /// The cgroups that a stressor may move into, by their controllers. A root is left out: there a stressor is one more process
+    /// of the node.
+    pub fn stressed(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let dirs = STRESSED.iter().filter_map(|name| Some((*name, self.controller(name)?.1)));
+        dirs.filter(|(_, dir)| with_ancestors(dir).nth(1).is_some())
+    }
+
+    /// The cgroup by which its sockets are told from others: of v2, and not the root, which has no type
+    /// [Documentation/admin-guide/cgroup-v2.rst, 6.1].
+    pub fn of_sockets(&self) -> Option<&Path> {
+        self.unified.as_deref().filter(|dir| dir.join("cgroup.type").exists())
+    }
+
+    /// Everybody whose sockets are told by it.
+    pub fn owners_of_sockets(&self) -> Vec<i32> {
+        below(self.of_sockets())
     }
 
     /// Its memory controller.
@@ -405,6 +427,15 @@ fn with_ancestors(dir: &Path) -> impl Iterator<Item = &Path> {
 fn subdirectories(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}
+
+/// The processes in these cgroups and below them.
+fn below<'a>(dirs: impl IntoIterator<Item = &'a Path>) -> Vec<i32> {
+    let mut pids = Vec::new();
+    dirs.into_iter().for_each(|dir| processes_below(dir, &mut pids));
+    pids.sort_unstable();
+    pids.dedup();
+    pids
 }
 
 fn processes_below(dir: &Path, pids: &mut Vec<i32>) {
