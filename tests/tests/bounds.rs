@@ -15,8 +15,8 @@ use squall_proto::v1::{
     memory_fault, target,
 };
 use squall_tests::{
-    Agent, AgentOptions, Cgroup, Controller, Lab, Running, Victim, bin_dir, cidr, in_a_shop, interface,
-    need_root, stdout, unique, wait_for,
+    Agent, AgentOptions, Cgroup, Controller, Lab, Running, Unified, Victim, bin_dir, cidr, in_a_shop,
+    interface, need_root, stdout, unique, wait_for,
 };
 use tonic::transport::Channel;
 
@@ -262,6 +262,25 @@ async fn what_is_protected_is_not_hurt_by_its_network_either() -> Result<()> {
     }
     let (mut client, _agent) = agent(&["--protect", "etcd"]).await?;
     let injected = inject(&mut client, request("lo", interface("lo", ""), just)).await;
+    ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
+    Ok(())
+}
+
+/// As docker-proxy, which is in the cgroup of dockerd.
+#[tokio::test(flavor = "multi_thread")]
+async fn whose_sockets_go_by_the_same_cgroup_is_hurt_with_the_target() -> Result<()> {
+    let lab = Lab::new("bounds")?;
+    let [shared, own] = [Unified::new(&unique("shared"))?, Unified::new(&unique("own"))?];
+    let start =
+        |name, cgroup: &Unified| Named::start_by(name, &|program| cgroup.wrap(&lab.near.command(program)));
+    let (_dockerd, proxy, shop) =
+        (start("dockerd", &shared)?, start("proxy", &shared)?, start("shop", &own)?);
+    let agent = Agent::start(AgentOptions { netns: Some(&lab.near), ..AgentOptions::default() }).await?;
+    let mut client = agent.client().await?;
+    let refused = inject(&mut client, request("x", process(proxy.pid()), loss())).await;
+    let refused = refused.err().context("the sockets of dockerd are cut off")?;
+    ensure!(refused.starts_with("target: ") && refused.contains("would hurt dockerd"), "{refused}");
+    let injected = inject(&mut client, request("y", process(shop.pid()), loss())).await;
     ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
     Ok(())
 }

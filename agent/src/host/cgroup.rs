@@ -531,6 +531,30 @@ mod tests {
     }
 
     #[test]
+    fn members_are_those_of_every_cgroup_that_a_stressor_moves_into() {
+        let top = tree(&["cpu,cpuacct/pool/a", "memory/web", "systemd", "unified"]);
+        let hierarchies = Hierarchies::parse(&hybrid(&top.path().display().to_string()));
+        let procs = |dir: &str, pids: &str| {
+            fs::write(top.path().join(dir).join("cgroup.procs"), pids).expect("a file")
+        };
+        procs("memory/web", "7\n8\n");
+        procs("cpu,cpuacct/pool", "7\n");
+        procs("cpu,cpuacct/pool/a", "9\n");
+        procs("cpu,cpuacct", "1\n7\n");
+        let of = |cpu: &str| {
+            let text = format!("8:name=systemd:/\n4:memory:/web\n2:cpu,cpuacct:{cpu}\n0::/\n");
+            hierarchies.of_process(&process(&text)).expect("a cgroup")
+        };
+        assert_eq!(of("/pool").members(), [7, 8, 9]);
+        assert_eq!(of("/pool").processes(), [7, 8]);
+        assert_eq!(of("/").members(), [7, 8], "a root is nobody's in particular");
+        assert_eq!(of("/pool").owners_of_sockets(), [0; 0], "in the root of v2 sockets are everybody's");
+        fs::write(top.path().join("unified/cgroup.type"), "domain\n").expect("a file");
+        procs("unified", "5\n");
+        assert_eq!(of("/pool").owners_of_sockets(), [5]);
+    }
+
+    #[test]
     fn unified_host_has_one_directory() {
         let top = tree(&["system.slice/redis.service"]);
         let line = format!("35 24 0:30 / {} rw shared:4 - cgroup2 cgroup2 rw", top.path().display());
