@@ -261,8 +261,29 @@ async fn nobody_does_more_than_his_role_allows() -> Result<()> {
     let said = refused("a third", inject(&mut ci, network("three", harmless())).await, denied)?;
     ensure!(said.contains("has 2 injections and may have 2"), "{said}");
 
-    // What others injected is not his to change, and his to revert.
+    // Nor by ids that look like parts of one order, one after the other.
+    revert(&mut ci, "two").await?;
+    for id in ["x.x.x.x", "x.x.x"] {
+        let done = inject(&mut ci, network(id, harmless())).await;
+        if id == "x.x.x" {
+            let said = refused(id, done, denied)?;
+            ensure!(said.contains("has 2 injections and may have 2"), "{said}");
+        } else {
+            done?;
+        }
+    }
+    let said = refused("a part", inject(&mut ci, network("one.7", harmless())).await, Code::InvalidArgument)?;
+    ensure!(said.contains("id: one.7: it would be a part of the order one; choose"), "{said}");
+    revert(&mut ci, "x.x.x.x").await?;
+    inject(&mut ci, network("two-again", harmless())).await?;
+    // And nobody gets into an order of somebody else.
     let mut root = node.client("root").await?;
+    inject(&mut root, network("one.of-root", harmless())).await?;
+    let renewed = ci.renew(RenewRequest { ids: vec!["one".into()] }).await?.into_inner();
+    ensure!(renewed.gone.is_empty(), "{renewed:?}");
+    revert(&mut root, "one.of-root").await?;
+
+    // What others injected is not his to change, and his to revert.
     inject(&mut root, network("of-root", harmless())).await?;
     refused("renew", ci.renew(RenewRequest { ids: vec!["of-root".into()] }).await, denied)?;
     let fault = network("", harmless()).fault;
