@@ -895,12 +895,15 @@ mod tests {
     /// Needs root: these make network namespaces.
     mod privileged {
         use super::*;
-        use crate::host::netns::Netns as Open;
+        use crate::host::netns;
 
         #[test]
         fn whoever_shares_the_network_is_hurt_with_it() {
-            let netns = [Open::scratch().expect("a namespace"), Open::scratch().expect("a namespace")];
-            let start = |netns: &Open| netns.run(|| Ok(Sleeper::start("7778.5"))).expect("started");
+            let netns = [
+                netns::Netns::scratch().expect("a namespace"),
+                netns::Netns::scratch().expect("a namespace"),
+            ];
+            let start = |netns: &netns::Netns| netns.run(|| Ok(Sleeper::start("7778.5"))).expect("started");
             let sleepers = [start(&netns[0]), start(&netns[0]), start(&netns[1])];
             let pid = sleepers[0].pid();
             let selector = Selector::Process { pid: Some(pid), exe: None, cmdline: None };
@@ -918,7 +921,7 @@ mod tests {
                 }
             }
             assert_eq!(hurt(&process, Scope::Process), [pid]);
-            let own = Target { netns: super::super::Netns::own(), ..interface };
+            let own = Target { netns: Netns::own(), ..interface };
             assert_eq!(hurt(&own, Scope::Network), [0; 0], "who is there is not told");
         }
     }
