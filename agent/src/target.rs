@@ -129,6 +129,15 @@ impl Selector {
     /// Parses the message. Refuses what could match nothing, or everything.
     pub fn parse(proto: v1::Target) -> Result<Self, Invalid> {
         use v1::target::Kind;
+        match &proto.kind {
+            Some(Kind::Process(process)) => {
+                fitting("target.process.exe", &process.exe)?;
+                fitting("target.process.cmdline", &process.cmdline)?;
+            }
+            Some(Kind::Cgroup(cgroup)) => fitting("target.cgroup.path", &cgroup.path)?,
+            Some(Kind::Interface(interface)) => fitting("target.interface.netns", &interface.netns)?,
+            None => {}
+        }
         match proto.kind {
             Some(Kind::Process(process)) => Self::parse_process(process),
             Some(Kind::Cgroup(cgroup)) => Self::parse_cgroup(&cgroup.path),
@@ -274,6 +283,19 @@ impl fmt::Display for NetnsSelector {
             Self::Path(path) => write!(f, "netns {}", path.display()),
         }
     }
+}
+
+/// Longest text of a selector, bytes: that of a path.
+const LONGEST: usize = libc::PATH_MAX as usize;
+
+/// Refuses a text that is longer than any that could match.
+fn fitting(field: &str, text: &str) -> Result<(), Invalid> {
+    if text.len() <= LONGEST {
+        return Ok(());
+    }
+    let begin: String = text.chars().take(40).collect();
+    let problem = format!("{} bytes are too many", text.len());
+    Err(Invalid::new(field, format!("{begin}…"), problem, format!("give at most {LONGEST} bytes")))
 }
 
 /// The network namespace of the agent's first thread, which never leaves it.
@@ -733,6 +755,10 @@ mod tests {
     #[case(interface("", ""), "target.interface.name")]
     #[case(interface("a-name-of-16-byte", ""), "target.interface.name")]
     #[case(interface("eth0", "a/b"), "target.interface.netns")]
+    #[case(process(0, &"x".repeat(4097), ""), "target.process.exe")]
+    #[case(process(0, "", &"x".repeat(4097)), "target.process.cmdline")]
+    #[case(cgroup(&format!("/{}", "x".repeat(4096))), "target.cgroup.path")]
+    #[case(interface("eth0", &"x".repeat(4097)), "target.interface.netns")]
     fn nonsense_is_refused_by_field(#[case] proto: v1::Target, #[case] field: &str) {
         assert_eq!(Selector::parse(proto).expect_err("nonsense").field, field);
     }

@@ -7,6 +7,10 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::Path,
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -573,7 +577,8 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     ensure!(full.code() == Code::ResourceExhausted && full.message().contains("streams"), "{full:?}");
     println!("{} connections and {} streams of one client", mine.len(), streams.len());
     // And questions that take long to answer, all the time.
-    let ask = |mut client: AgentClient<Channel>| async move {
+    let refused = Arc::new(AtomicUsize::new(0));
+    let ask = |mut client: AgentClient<Channel>, refused: Arc<AtomicUsize>| async move {
         let exe = ProcessSelector { exe: "squall-none".to_owned(), ..ProcessSelector::default() };
         let targets = vec![Target { kind: Some(target::Kind::Process(exe)) }; 64];
         loop {
@@ -581,6 +586,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
                 Ok(_) => {}
                 // All of them run on the machine that they are about.
                 Err(status) if status.code() == Code::ResourceExhausted => {
+                    refused.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
                 Err(_) => return,
@@ -590,7 +596,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     let mut asking = tokio::task::JoinSet::new();
     // More than the places for calls of one name.
     for client in &mine[..40] {
-        asking.spawn(ask(client.clone()));
+        asking.spawn(ask(client.clone(), Arc::clone(&refused)));
     }
     // He may still revert, and others may do everything.
     let mut slowest = revert(&mut mine[0], "greedy").await?;
@@ -607,6 +613,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     }
     ci.watch(WatchRequest::default()).await.context("a stream of somebody else")?;
     ensure!(asking.try_join_next().is_none(), "they do not ask any more");
+    ensure!(refused.load(Ordering::Relaxed) > 0, "as many questions of one client as he likes");
     println!("meanwhile the slowest revert: {slowest:?}");
     ensure!(slowest < PROMPT, "{slowest:?}");
     asking.shutdown().await;

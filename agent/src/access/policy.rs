@@ -31,11 +31,14 @@ pub enum Role {
     Admin,
 }
 
+/// The one method for everybody that does much.
+pub const DESCRIBE: &str = "/squall.v1.Agent/Describe";
+
 /// Every method there is, and the least role for it. What is not in here is for [`Role::Admin`].
 const METHODS: [(&str, Role); 13] = [
     ("/grpc.health.v1.Health/Check", Role::Revert),
     ("/grpc.health.v1.Health/Watch", Role::Revert),
-    ("/squall.v1.Agent/Describe", Role::Revert),
+    (DESCRIBE, Role::Revert),
     ("/squall.v1.Agent/List", Role::Revert),
     ("/squall.v1.Agent/Revert", Role::Revert),
     ("/squall.v1.Agent/Stop", Role::Revert),
