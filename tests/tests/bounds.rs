@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
@@ -11,12 +12,12 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use squall_proto::v1::{
     ArmRequest, CgroupSelector, CpuFault, DescribeRequest, Fault, Injection, ListRequest, MemoryFault,
-    NetworkFault, ProcessSelector, RevertRequest, Sockets, State, Target, agent_client::AgentClient, fault,
-    memory_fault, target,
+    NetworkFault, ProcessSelector, RevertRequest, Sockets as Whose, State, Target, UpdateRequest,
+    agent_client::AgentClient, fault, memory_fault, target,
 };
 use squall_tests::{
-    Agent, AgentOptions, Cgroup, Controller, Lab, Running, Unified, Victim, bin_dir, cidr, in_a_shop,
-    interface, need_root, stdout, unique, wait_for,
+    Agent, AgentOptions, Cgroup, Controller, Lab, Running, Sockets, Unified, Victim, bin_dir, cidr,
+    in_a_shop, interface, need_root, stdout, unique, wait_for,
 };
 use tonic::transport::Channel;
 
@@ -221,7 +222,7 @@ async fn what_is_protected_is_not_hurt_by_its_network_either() -> Result<()> {
     };
     let just = cut(&|_| {});
     let all = cut(&|fault| {
-        fault.set_sockets(Sockets::All);
+        fault.set_sockets(Whose::All);
         fault.interface = "near0".to_owned();
     });
     let agent = async |args: &[&str]| {
@@ -282,6 +283,39 @@ async fn whose_sockets_go_by_the_same_cgroup_is_hurt_with_the_target() -> Result
     ensure!(refused.starts_with("target: ") && refused.contains("would hurt dockerd"), "{refused}");
     let injected = inject(&mut client, request("y", process(shop.pid()), loss())).await;
     ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
+    Ok(())
+}
+
+/// As where somebody else runs the API server: it is at 443, and so are others.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kubelet_is_not_cut_off_from_an_api_server_at_443() -> Result<()> {
+    let lab = Lab::new("bounds")?;
+    let listeners = [443, 7000].map(|port| lab.far.listen(port)).into_iter().collect::<Result<Vec<_>>>()?;
+    let connects = |to, port| -> Result<bool> {
+        Ok(lab.near.connect(SocketAddr::new(to, port), Duration::from_millis(700))?.is_ok())
+    };
+    let dir = tempfile::tempdir()?;
+    let kubelet = dir.path().join("kubelet");
+    fs::copy(stdout(Command::new("sh").args(["-c", "command -v bash"]))?.trim(), &kubelet)?;
+    let cgroup = Unified::new(&unique("kubelet"))?;
+    let mut command = lab.near.command(&kubelet);
+    command.args(["-c", &format!("exec 3<>/dev/tcp/{}/443; read -t 3600 <&3", Lab::FAR)]);
+    let _kubelet = Running::start("a kubelet", &cgroup.wrap(&command))?;
+    let (_connection, _) = listeners[0].accept()?;
+
+    let agent = Agent::start(AgentOptions { netns: Some(&lab.near), ..AgentOptions::default() }).await?;
+    let mut client = agent.client().await?;
+    let peers = vec![cidr("10.99.0.0/24")];
+    let fault = NetworkFault { partition: true, peers, ..NetworkFault::default() };
+    let cut = |unprotected| Fault {
+        kind: Some(fault::Kind::Network(NetworkFault { unprotected, ..fault.clone() })),
+    };
+    let injected = inject(&mut client, request("x", interface("near0", ""), cut(false))).await;
+    ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
+    ensure!(connects(Lab::FAR, 443)?, "the API server is cut off");
+    ensure!(!connects(Lab::FAR, 7000)? && !connects(Lab::FAR_OTHER, 443)?, "others are not");
+    client.update(UpdateRequest { id: "x".to_owned(), fault: Some(cut(true)) }).await?;
+    ensure!(!connects(Lab::FAR, 443)?, "it is asked for");
     Ok(())
 }
 

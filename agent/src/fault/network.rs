@@ -40,10 +40,12 @@ use crate::{
     host::{
         bpf::{Hook, remove_filters},
         caps::Capability,
+        cgroup::Hierarchies,
         line::{self, Line},
         localnet,
         netns::Netns,
         port::{Figures, Holder, Key, Owned, Spec, Support, place, random, settle},
+        proc,
         resolve::{Files, Resolver},
         sockets,
         tc::{Interface, Netlink},
@@ -63,6 +65,9 @@ const MOST_OF_A_NODE: f64 = 0.5;
 const UNICAST: [&str; 2] = ["0.0.0.0/0", "2000::/3"];
 /// Ports of services on a node without which nobody can get in and take a fault back: SSH, the API server, the kubelet.
 const LIFELINES: [u16; 3] = [22, 6443, 10250];
+
+/// Where API servers are, if not there.
+const HTTPS: Ports = Ports { first: 443, last: 443 };
 
 /// Where remote clients of this agent come in.
 static CONTROL: OnceLock<u16> = OnceLock::new();
@@ -191,8 +196,8 @@ struct Live {
     names: Names,
     /// The target's cgroup, where only its sockets are meant.
     cgroup: Option<Sockets>,
-    /// Whether the interfaces are the node's own.
-    node: bool,
+    /// Where the interfaces are the node's own: at which addresses its kubelet reaches the API server.
+    node: Option<Vec<Cidr>>,
 }
 
 impl Drop for Held {
@@ -211,7 +216,13 @@ impl Live {
     /// Writes the rules anew.
     fn apply(&self) -> Result<()> {
         for (i, rule) in self.rules.iter().enumerate() {
-            rule.change(self.fault.spec(self.seed, i, &self.names, self.cgroup.as_ref(), self.node))?;
+            rule.change(self.fault.spec(
+                self.seed,
+                i,
+                &self.names,
+                self.cgroup.as_ref(),
+                self.node.as_deref(),
+            ))?;
         }
         Ok(())
     }
@@ -277,7 +288,7 @@ impl Fault for Network {
             let problem = "it leads into a network of somebody else";
             return Err(Invalid::new("network.interface", name, problem, "make this interface the target"));
         }
-        let spared = self.lifelines(netns.own);
+        let spared = self.lifelines(netns.own.then_some(&[]));
         for (i, Peer { clause, hosts }) in self.peers.iter().enumerate() {
             if hosts.is_empty() && spared.iter().any(|spared| spared.covers(clause)) {
                 return Err(Invalid::new(
@@ -394,7 +405,14 @@ impl Network {
     }
 
     /// The rule for the n-th interface. Interfaces draw from different sequences.
-    fn spec(&self, seed: u64, n: usize, names: &Names, sockets: Option<&Sockets>, node: bool) -> Spec {
+    fn spec(
+        &self,
+        seed: u64,
+        n: usize,
+        names: &Names,
+        sockets: Option<&Sockets>,
+        node: Option<&[Cidr]>,
+    ) -> Spec {
         let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
         clauses.extend(self.lifelines(node));
         clauses.extend(
@@ -417,11 +435,9 @@ impl Network {
         self.peers.iter().map(|peer| peer.with_addresses(names)).collect()
     }
 
-    /// What is spared on a node's own interfaces.
-    fn lifelines(&self, node: bool) -> Vec<Clause> {
-        if !node {
-            return Vec::new();
-        }
+    /// What is spared on a node's own interfaces, of which it is known where the API server is.
+    fn lifelines(&self, node: Option<&[Cidr]>) -> Vec<Clause> {
+        let Some(api) = node else { return Vec::new() };
         let lifeline = Clause {
             except: true,
             egress: true,
@@ -441,6 +457,9 @@ impl Network {
             Clause { peer_ports: ports[1..].to_vec(), ..lifeline.clone() },
         ];
         all.extend(control);
+        if !api.is_empty() {
+            all.push(Clause { cidrs: api.to_vec(), peer_ports: vec![HTTPS], ..lifeline.clone() });
+        }
         // As every pod is told.
         let var = |name: &str| env::var(name).ok();
         if let (Some(host), Some(port)) = (var("KUBERNETES_SERVICE_HOST"), var("KUBERNETES_SERVICE_PORT"))
@@ -574,7 +593,8 @@ impl Network {
                 .push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
         }
         let cgroup = cgroup.map(|path| Sockets { path, ids: Vec::new(), endpoints: BTreeMap::new() });
-        let spec = self.spec(seed, 0, &names, cgroup.as_ref(), netns.own && !outside);
+        let node = (netns.own && !outside).then(api_servers);
+        let spec = self.spec(seed, 0, &names, cgroup.as_ref(), node.as_deref());
         let mut mechanisms = vec![hook_name(support.hook).to_owned()];
         Netns::open(&netns)?.run(|| {
             let mut netlink = Netlink::open()?;
@@ -626,13 +646,14 @@ impl Network {
             (Arc::new(Netns::open(&own)?), false)
         };
         let present = place.run(|| Netlink::open()?.interfaces())?;
+        let node = node.then(api_servers);
         let mut live = Live { rules: Vec::new(), fault: self.clone(), seed: undo.seed, names, cgroup, node };
         for (i, planned) in undo.interfaces.iter().enumerate() {
             let interface = present
                 .iter()
                 .find(|interface| interface.index == planned.index && interface.name == planned.name)
                 .ok_or_else(|| anyhow!("{} is gone since the injection was planned", planned.name))?;
-            let spec = self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), node);
+            let spec = self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), live.node.as_deref());
             crash::step("network.rule")?;
             live.rules.push(Owned::add(support, &place, interface, planned.outside, spec, window)?);
             crash::point("network.ruled");
@@ -747,9 +768,37 @@ impl Peer {
     fn with_addresses(&self, names: &Names) -> Clause {
         let mut clause = self.clause.clone();
         let addresses = self.hosts.iter().filter_map(|name| names.get(name)).flatten();
-        clause.cidrs.extend(addresses.filter_map(|&a| Cidr::new(a, if a.is_ipv4() { 32 } else { 128 })));
+        clause.cidrs.extend(addresses.filter_map(|&address| host(address)));
         clause
     }
+}
+
+/// Where the kubelet reaches the API server, if that is at 443, as on clusters that somebody else runs: packets have that address by the
+/// time they leave, and not the one of the service. Told by the cgroup (v2) of its sockets; on v1 it is not.
+fn api_servers() -> Vec<Cidr> {
+    let hierarchies = Hierarchies::read().unwrap_or_default();
+    let is_kubelet = |pid: &i32| proc::exe(*pid).is_some_and(|exe| exe.ends_with("kubelet"));
+    let cgroup = |pid| hierarchies.of_process(&proc::cgroups(pid)?)?.of_sockets()?.metadata().ok();
+    let kubelets = proc::pids().unwrap_or_default().into_iter().filter(is_kubelet);
+    let ids: Vec<u64> = kubelets.filter_map(cgroup).map(|dir| dir.ino()).collect();
+    if ids.is_empty() {
+        return Vec::new();
+    }
+    let own = target::Netns::own().context("the agent has no network namespace");
+    let sockets = own.and_then(|own| sockets::established(&Netns::open(&own)?)).unwrap_or_else(|error| {
+        tracing::warn!("an API server at {} is not known, and not spared: {error:#}", HTTPS.first);
+        Vec::new()
+    });
+    let is_its = |socket: &sockets::TcpSocket| {
+        socket.peer.port() == HTTPS.first && socket.cgroup.is_some_and(|id| ids.contains(&id))
+    };
+    let hosts: BTreeSet<IpAddr> = sockets.into_iter().filter(is_its).map(|socket| socket.peer.ip()).collect();
+    hosts.into_iter().filter_map(host).collect()
+}
+
+/// The prefix of one address.
+fn host(address: IpAddr) -> Option<Cidr> {
+    Cidr::new(address, if address.is_ipv4() { 32 } else { 128 })
 }
 
 /// How large a part of a prefix these take together; without any, all of it.
@@ -850,7 +899,7 @@ fn median_rtt(netns: &Netns, clauses: &[Clause]) -> Option<Duration> {
         ranges.is_empty() || ranges.iter().any(|p| (p.first..=p.last).contains(&address.port()))
     };
     let about = |clause: &Clause, socket: &sockets::TcpSocket| {
-        let host = Cidr::new(socket.peer.ip(), if socket.peer.is_ipv4() { 32 } else { 128 });
+        let host = host(socket.peer.ip());
         matches!(clause.protocol, None | Some(Protocol::Tcp))
             && within(&clause.peer_ports, socket.peer)
             && within(&clause.local_ports, socket.local)

@@ -535,7 +535,7 @@ mod tests {
         let top = tree(&["cpu,cpuacct/pool/a", "memory/web", "systemd", "unified"]);
         let hierarchies = Hierarchies::parse(&hybrid(&top.path().display().to_string()));
         let procs = |dir: &str, pids: &str| {
-            fs::write(top.path().join(dir).join("cgroup.procs"), pids).expect("a file")
+            fs::write(top.path().join(dir).join("cgroup.procs"), pids).expect("a file");
         };
         procs("memory/web", "7\n8\n");
         procs("cpu,cpuacct/pool", "7\n");
