@@ -534,7 +534,7 @@ impl Shared {
     fn check(&self, target: &Target, fault: &AnyFault, pods: &Pods) -> Result<BTreeSet<String>, EngineError> {
         let hurt = target.hurt(fault.scope());
         self.limits.check_protected(&target.name, &hurt)?;
-        let hurt = pods.hurt(target, fault.scope(), &hurt);
+        let hurt = pods.hurt(&hurt);
         let namespaces = hurt.iter().map(|uid| (uid.as_str(), pods.namespace(uid)));
         self.limits.check_namespaces(&target.name, namespaces)?;
         fault.check(target, &self.limits)?;

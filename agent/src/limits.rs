@@ -107,7 +107,7 @@ impl Limits {
             "target",
             target,
             format!("it would hurt {exe} (pid {}), which is protected: {why}", one.pid),
-            "choose a target that it is no part of: a service in a cgroup of its own",
+            "choose a target that it is no part of: a service in a cgroup of its own, and on a network of its own",
         ))
     }
 

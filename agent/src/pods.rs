@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    os::unix::fs::MetadataExt,
     path::{Component, Path},
 };
 
@@ -25,7 +24,6 @@ pub struct Pods {
 struct Member {
     pid: i32,
     uid: String,
-    netns: Option<u64>,
 }
 
 impl Pods {
@@ -35,8 +33,7 @@ impl Pods {
         let member = |pid| {
             let uid = of_process(pid)?;
             proc::stat(pid)?;
-            let netns = fs::metadata(format!("/proc/{pid}/ns/net")).ok().map(|file| file.ino());
-            Some(Member { pid, uid, netns })
+            Some(Member { pid, uid })
         };
         let members = proc::pids().unwrap_or_default().into_iter().filter_map(member).collect();
         let entries = fs::read_dir(logs).into_iter().flatten().flatten();
@@ -54,14 +51,9 @@ impl Pods {
         self.members.iter().map(|member| member.uid.clone()).collect()
     }
 
-    /// Those that a fault of this scope on the target hurts: of whoever suffers, and of whoever shares the network namespace,
-    /// where that is what the fault takes hold of. Who else uses the node's own network is not told: see [`Self::beyond`].
-    pub fn hurt(&self, target: &Target, scope: Scope, hurt: &[Bystander]) -> BTreeSet<String> {
-        let netns = target.netns.as_ref().filter(|netns| !netns.own).map(|netns| netns.inode);
-        let netns = netns.filter(|_| matches!(scope, Scope::Network | Scope::Sockets));
-        let is_hurt = |member: &&Member| {
-            hurt.iter().any(|one| one.pid == member.pid) || netns.is_some() && member.netns == netns
-        };
+    /// Those of whoever suffers. Who else uses the node's own network is not told: see [`Self::beyond`].
+    pub fn hurt(&self, hurt: &[Bystander]) -> BTreeSet<String> {
+        let is_hurt = |member: &&Member| hurt.iter().any(|one| one.pid == member.pid);
         self.members.iter().filter(is_hurt).map(|member| member.uid.clone()).collect()
     }
 
@@ -178,26 +170,25 @@ mod tests {
     }
 
     #[test]
-    fn who_shares_the_network_is_hurt_with_it() {
-        let member = |pid, uid: &str, netns| Member { pid, uid: uid.to_owned(), netns: Some(netns) };
-        let members = vec![member(1, "a", 10), member(2, "a", 10), member(3, "b", 20), member(4, "c", 1)];
+    fn pods_are_hurt_with_their_processes_and_all_of_them_by_a_fault_on_everybody() {
+        let member = |pid, uid: &str| Member { pid, uid: uid.to_owned() };
+        let members = vec![member(1, "a"), member(2, "a"), member(3, "b"), member(4, "c")];
         let pods = Pods { members, namespaces: BTreeMap::new() };
-        let on = |inode, own| Target {
+        let on = |own| Target {
             name: "t".to_owned(),
             process: None,
             cgroup: None,
-            netns: Some(Netns { path: "/run/netns/x".into(), inode, own }),
+            netns: Some(Netns { path: "/run/netns/x".into(), inode: 1, own }),
             interface: Some("eth0".to_owned()),
         };
         let hurt = |target: &Target, scope, pids: &[i32]| {
             let hurt: Vec<_> = pids.iter().map(|&pid| Bystander { pid, ..Bystander::default() }).collect();
-            let hurt = pods.hurt(target, scope, &hurt);
+            let hurt = pods.hurt(&hurt);
             (hurt.iter().cloned().collect::<String>(), pods.beyond(target, scope, hurt).len())
         };
         assert_eq!(pods.count(), 3);
-        assert_eq!(hurt(&on(10, false), Scope::Network, &[]), ("a".to_owned(), 1));
-        assert_eq!(hurt(&on(10, false), Scope::Cgroup, &[3]), ("b".to_owned(), 1));
-        assert_eq!(hurt(&on(1, true), Scope::Network, &[]), (String::new(), 3), "everybody's packets");
-        assert_eq!(hurt(&on(1, true), Scope::Cgroup, &[4]), ("c".to_owned(), 1));
+        assert_eq!(hurt(&on(false), Scope::Network, &[1, 2]), ("a".to_owned(), 1));
+        assert_eq!(hurt(&on(true), Scope::Network, &[]), (String::new(), 3), "everybody's packets");
+        assert_eq!(hurt(&on(true), Scope::Cgroup, &[4]), ("c".to_owned(), 1));
     }
 }

@@ -108,6 +108,11 @@ impl Server {
         entry: &mut Entry,
     ) -> Result<Vec<v1::Injection>, Status> {
         entry.ids = vec![request.id.clone()];
+        if let Some((order, _)) = request.id.rsplit_once('.').filter(|(order, _)| names(order, &request.id)) {
+            let problem = format!("it would be a part of the order {order}");
+            let fix = "choose one that does not end in a dot and a number";
+            return Err(refused(Invalid::new("id", &request.id, problem, fix).into()));
+        }
         let selector = selector(request.target)?;
         entry.target = selector.to_string();
         let fault = request.fault.ok_or_else(|| missing("fault"))?;
@@ -130,7 +135,7 @@ impl Server {
             .map_err(|e| Status::not_found(e.to_string()))?;
         let targets = only(targets, &request.only)?;
         let _counted = if grant.is_counted() { Some(self.counting.lock().await) } else { None };
-        let live = self.live_of(grant, &request.id);
+        let live = self.live_of(grant, &ids_of(&request.id, targets.len()));
         grant.check_targets(scope, &targets, live).map_err(forbidden)?;
         if !request.dry_run {
             self.allow(entry).await?;
@@ -148,9 +153,9 @@ impl Server {
         self.engine.arm(order).await.map_err(refused)
     }
 
-    /// How many live injections a caller has, besides those of an order that is repeated.
-    fn live_of(&self, grant: &Grant, order: &str) -> usize {
-        let live = self.engine.list().into_iter().filter(|i| engine::is_live(i) && !names(order, &i.id));
+    /// How many live injections a caller has, besides those of these ids, which an order that is repeated has already.
+    fn live_of(&self, grant: &Grant, repeated: &[String]) -> usize {
+        let live = self.engine.list().into_iter().filter(|i| engine::is_live(i) && !repeated.contains(&i.id));
         live.filter(|i| self.engine.owner(&i.id).as_ref() == Some(&grant.who)).count()
     }
 
@@ -411,9 +416,15 @@ impl Agent for Server {
     }
 }
 
-/// Whether an id given by a client names this injection: itself, or the order it is a part of.
+/// Whether an id given by a client names this injection: itself, or the order it is a part of. No order has the id of a part.
 fn names(given: &str, id: &str) -> bool {
-    given == id || id.strip_prefix(given).is_some_and(|rest| rest.starts_with('.'))
+    let part = id.strip_prefix(given).and_then(|rest| rest.strip_prefix('.'));
+    given == id || part.is_some_and(|n| n.parse::<u32>().is_ok())
+}
+
+/// The ids that the injections of an order have, which is about so many targets.
+fn ids_of(order: &str, targets: usize) -> Vec<String> {
+    if targets == 1 { vec![order.to_owned()] } else { (0..targets).map(|n| format!("{order}.{n}")).collect() }
 }
 
 fn interval(ns: u64) -> impl Stream<Item = ()> {
@@ -533,6 +544,20 @@ mod tests {
         assert_eq!((found.error.as_str(), found.targets.len()), ("", 1));
         let none = Selector::Process { pid: None, exe: Some("squall-none".to_owned()), cmdline: None };
         assert!(resolved(&none, None).error.contains("squall-none"));
+    }
+
+    #[test]
+    fn an_order_has_its_parts_and_no_others() {
+        assert_eq!(
+            (ids_of("x", 1), ids_of("x", 2)),
+            (vec!["x".to_owned()], vec!["x.0".to_owned(), "x.1".to_owned()])
+        );
+        for id in ["x", "x.0", "x.12"] {
+            assert!(names("x", id), "{id}");
+        }
+        for id in ["x.zzz", "x.x", "x.0.1", "x0", "x.", "xx.0", "y"] {
+            assert!(!names("x", id), "{id}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! From a selector to something on this host with an identity that survives the reuse of pids and indexes.
 
 use std::{
+    collections::BTreeMap,
     fmt, fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -13,7 +14,7 @@ use squall_proto::v1;
 use thiserror::Error;
 
 use crate::{
-    host::{cgroup::Hierarchies, proc},
+    host::{cgroup::Hierarchies, proc, tc::Netlink},
     limits::{Bystander, Invalid},
     pods,
 };
@@ -128,6 +129,15 @@ impl Selector {
     /// Parses the message. Refuses what could match nothing, or everything.
     pub fn parse(proto: v1::Target) -> Result<Self, Invalid> {
         use v1::target::Kind;
+        match &proto.kind {
+            Some(Kind::Process(process)) => {
+                fitting("target.process.exe", &process.exe)?;
+                fitting("target.process.cmdline", &process.cmdline)?;
+            }
+            Some(Kind::Cgroup(cgroup)) => fitting("target.cgroup.path", &cgroup.path)?,
+            Some(Kind::Interface(interface)) => fitting("target.interface.netns", &interface.netns)?,
+            None => {}
+        }
         match proto.kind {
             Some(Kind::Process(process)) => Self::parse_process(process),
             Some(Kind::Cgroup(cgroup)) => Self::parse_cgroup(&cgroup.path),
@@ -273,6 +283,19 @@ impl fmt::Display for NetnsSelector {
             Self::Path(path) => write!(f, "netns {}", path.display()),
         }
     }
+}
+
+/// Longest text of a selector, bytes: that of a path.
+const LONGEST: usize = libc::PATH_MAX as usize;
+
+/// Refuses a text that is longer than any that could match.
+fn fitting(field: &str, text: &str) -> Result<(), Invalid> {
+    if text.len() <= LONGEST {
+        return Ok(());
+    }
+    let begin: String = text.chars().take(40).collect();
+    let problem = format!("{} bytes are too many", text.len());
+    Err(Invalid::new(field, format!("{begin}…"), problem, format!("give at most {LONGEST} bytes")))
 }
 
 /// The network namespace of the agent's first thread, which never leaves it.
@@ -534,6 +557,25 @@ fn interfaces(netns: &Netns) -> anyhow::Result<Vec<String>> {
     })
 }
 
+/// The inode of the other network namespace that an interface of the agent's own leads to, where somebody is there: of the
+/// node's end of a pod's veth pair, the pod's.
+pub fn behind(name: &str) -> Option<u64> {
+    let mut others: BTreeMap<u64, i32> = proc::pids()
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|pid| Some((inode_of_netns(pid)?, pid)))
+        .collect();
+    others.remove(&own_netns()?.1);
+    let found = Netlink::open().and_then(|mut netlink| netlink.behind(name, others.into_values()));
+    let found = found.inspect_err(|error| tracing::warn!("where {name} leads to is not known: {error:#}"));
+    inode_of_netns(found.ok()??)
+}
+
+/// Of the network namespace that a process is in.
+fn inode_of_netns(pid: i32) -> Option<u64> {
+    fs::metadata(format!("/proc/{pid}/ns/net")).ok().map(|netns| netns.ino())
+}
+
 impl Target {
     /// Tells this target from any other there was or will be since boot: pid and start time, cgroup and inode, or
     /// network namespace and interface.
@@ -557,15 +599,26 @@ impl Target {
             && (scope == Scope::Network || scope == Scope::Sockets && self.process.is_none())
     }
 
-    /// Who suffers from a fault of this scope: the target's process, and where the cgroup is what is taken hold of, all
-    /// that are in it.
+    /// Who suffers from a fault of this scope: the target's process, and everybody in what is taken hold of, be it a cgroup
+    /// or a network. Who else uses the agent's own network is not told: see [`Self::is_everybody`].
     #[must_use]
     pub fn hurt(&self, scope: Scope) -> Vec<Bystander> {
         let agent = std::process::id() as i32;
         let ours = proc::ancestors(agent);
         let mut pids: Vec<i32> = self.process.iter().map(|process| process.pid).collect();
-        let whole = scope == Scope::Cgroup || self.process.is_none();
-        pids.extend(self.cgroup.iter().filter(|_| whole).flat_map(Cgroup::processes));
+        if let Some(cgroup) = &self.cgroup {
+            // On a network of its own its sockets are among all that are there.
+            let own = self.netns.as_ref().is_some_and(|netns| netns.own);
+            if scope == Scope::Cgroup || self.process.is_none() {
+                pids.extend(cgroup.members());
+            } else if scope == Scope::Sockets && own {
+                pids.extend(cgroup.owners_of_sockets());
+            }
+        }
+        if let Some(network) = self.network().filter(|_| matches!(scope, Scope::Network | Scope::Sockets)) {
+            let all = proc::pids().unwrap_or_default().into_iter();
+            pids.extend(all.filter(|pid| inode_of_netns(*pid) == Some(network)));
+        }
         pids.sort_unstable();
         pids.dedup();
         let bystander = |pid| Bystander {
@@ -577,6 +630,16 @@ impl Target {
             of_the_node: proc::pid_namespace(pid) == proc::pid_namespace(agent),
         };
         pids.into_iter().filter(|pid| !is_stressor(*pid)).map(bystander).collect()
+    }
+
+    /// The inode of the network namespace of which all packets are meant. Of the agent's own not all are; there it is the one
+    /// that a named interface leads to.
+    fn network(&self) -> Option<u64> {
+        match (&self.netns, &self.interface) {
+            (Some(netns), _) if !netns.own => Some(netns.inode),
+            (Some(_), Some(name)) => behind(name),
+            _ => None,
+        }
     }
 
     /// Whether it is still there, and still the same.
@@ -692,6 +755,10 @@ mod tests {
     #[case(interface("", ""), "target.interface.name")]
     #[case(interface("a-name-of-16-byte", ""), "target.interface.name")]
     #[case(interface("eth0", "a/b"), "target.interface.netns")]
+    #[case(process(0, &"x".repeat(4097), ""), "target.process.exe")]
+    #[case(process(0, "", &"x".repeat(4097)), "target.process.cmdline")]
+    #[case(cgroup(&format!("/{}", "x".repeat(4096))), "target.cgroup.path")]
+    #[case(interface("eth0", &"x".repeat(4097)), "target.interface.netns")]
     fn nonsense_is_refused_by_field(#[case] proto: v1::Target, #[case] field: &str) {
         assert_eq!(Selector::parse(proto).expect_err("nonsense").field, field);
     }
@@ -849,5 +916,39 @@ mod tests {
             Selector::Interface { name: "lo".into(), netns: NetnsSelector::Path("/proc/self/stat".into()) };
         let message = resolve(&selector, Scope::Network).expect_err("no namespace").to_string();
         assert!(message.contains("/proc/self/stat is no network namespace"), "{message}");
+    }
+
+    /// Needs root: these make network namespaces.
+    mod privileged {
+        use super::*;
+        use crate::host::netns;
+
+        #[test]
+        fn whoever_shares_the_network_is_hurt_with_it() {
+            let netns = [
+                netns::Netns::scratch().expect("a namespace"),
+                netns::Netns::scratch().expect("a namespace"),
+            ];
+            let start = |netns: &netns::Netns| netns.run(|| Ok(Sleeper::start("7778.5"))).expect("started");
+            let sleepers = [start(&netns[0]), start(&netns[0]), start(&netns[1])];
+            let pid = sleepers[0].pid();
+            let selector = Selector::Process { pid: Some(pid), exe: None, cmdline: None };
+            let process = resolve(&selector, Scope::Network).expect("found").remove(0);
+            let interface =
+                Target { process: None, cgroup: None, interface: Some("lo".into()), ..process.clone() };
+            let mut shared = vec![pid, sleepers[1].pid()];
+            shared.sort_unstable();
+            let hurt = |target: &Target, scope| -> Vec<i32> {
+                target.hurt(scope).into_iter().map(|one| one.pid).collect()
+            };
+            for target in [&process, &interface] {
+                for scope in [Scope::Network, Scope::Sockets] {
+                    assert_eq!(hurt(target, scope), shared, "{target} {scope:?}");
+                }
+            }
+            assert_eq!(hurt(&process, Scope::Process), [pid]);
+            let own = Target { netns: Netns::own(), ..interface };
+            assert_eq!(hurt(&own, Scope::Network), [0; 0], "who is there is not told");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
@@ -11,12 +12,12 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use squall_proto::v1::{
     ArmRequest, CgroupSelector, CpuFault, DescribeRequest, Fault, Injection, ListRequest, MemoryFault,
-    NetworkFault, ProcessSelector, RevertRequest, State, Target, agent_client::AgentClient, fault,
-    memory_fault, target,
+    NetworkFault, ProcessSelector, RevertRequest, Sockets as Whose, State, Target, UpdateRequest,
+    agent_client::AgentClient, fault, memory_fault, target,
 };
 use squall_tests::{
-    Agent, AgentOptions, Cgroup, Controller, Running, Victim, bin_dir, in_a_shop, need_root, stdout, unique,
-    wait_for,
+    Agent, AgentOptions, Cgroup, Controller, Lab, Running, Sockets, Unified, Victim, bin_dir, cidr,
+    in_a_shop, interface, need_root, stdout, unique, wait_for,
 };
 use tonic::transport::Channel;
 
@@ -134,11 +135,15 @@ struct Named {
 
 impl Named {
     fn start(name: &str) -> Result<Self> {
+        Self::start_by(name, &|program| Command::new(program))
+    }
+
+    fn start_by(name: &str, command: &dyn Fn(&Path) -> Command) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let program = dir.path().join(name);
         fs::copy(stdout(Command::new("sh").args(["-c", "command -v sleep"]))?.trim(), &program)?;
         let cgroup = Cgroup::new(unique("bounds"))?;
-        let process = Running::start(name, &cgroup.wrap(Command::new(&program).arg("3600")))?;
+        let process = Running::start(name, &cgroup.wrap(command(&program).arg("3600")))?;
         wait_for("the process in its cgroup", SOON, || {
             let exe = fs::read_link(Path::new("/proc").join(process.pid().to_string()).join("exe"));
             Ok(exe.is_ok_and(|exe| exe == program).then_some(()))
@@ -186,6 +191,131 @@ async fn what_a_node_is_run_and_reached_through_is_never_hurt() -> Result<()> {
     let refused = inject(&mut agent.client().await?, request("z", process(other.pid()), cpu())).await;
     let refused = refused.expect_err("its cgroup is protected");
     ensure!(refused.contains(&format!("--protect {place}")), "{refused}");
+    Ok(())
+}
+
+/// A node with one pod behind a veth pair: the agent is on the near side, and the pod on the far one.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_protected_is_not_hurt_by_its_network_either() -> Result<()> {
+    let lab = Lab::new("bounds")?;
+    let uid = Kubelet::uid(0);
+    let dir = tempfile::tempdir()?;
+    let logs = |namespace: &str| -> Result<String> {
+        let logs = dir.path().join(namespace);
+        fs::create_dir_all(logs.join(format!("{namespace}_some-pod_{uid}")))?;
+        Ok(logs.display().to_string())
+    };
+    let in_far = |program: &Path| lab.far.command(program);
+    // What is asked for by name, somebody beside it, and somebody on the node.
+    let etcd = Named::start_by("etcd", &in_far)?;
+    let [beside, shop] =
+        [Named::start_by("beside", &in_far)?, Named::start_by("shop", &|program| lab.near.command(program))?];
+    let place = format!("kubepods/pod{uid}/app");
+    let pod = etcd.cgroup.wrap_below(&place, lab.far.command("sleep").arg("3600"))?;
+    let _pod = Running::start("a pod", &pod)?;
+
+    let cut = |change: &dyn Fn(&mut NetworkFault)| {
+        let mut fault =
+            NetworkFault { partition: true, peers: vec![cidr("10.99.0.77/32")], ..NetworkFault::default() };
+        change(&mut fault);
+        Fault { kind: Some(fault::Kind::Network(fault)) }
+    };
+    let just = cut(&|_| {});
+    let all = cut(&|fault| {
+        fault.set_sockets(Whose::All);
+        fault.interface = "near0".to_owned();
+    });
+    let agent = async |args: &[&str]| {
+        let agent =
+            Agent::start(AgentOptions { netns: Some(&lab.near), args, ..AgentOptions::default() }).await?;
+        anyhow::Ok((agent.client().await?, agent))
+    };
+    let hurt = [
+        ("the node's end of a pod", interface("near0", ""), just.clone()),
+        ("the pod's own end", interface("far0", lab.far.name()), just.clone()),
+        ("who shares its network", process(beside.pid()), just.clone()),
+    ];
+    for (args, why) in [
+        (["--protect", "etcd"], "--protect etcd"),
+        (["--pod-logs", &logs("kube-system")?], "of the namespace kube-system, which is protected"),
+    ] {
+        let (mut client, _agent) = agent(&args).await?;
+        for (what, target, fault) in hurt.clone() {
+            let refused = inject(&mut client, request("x", target, fault)).await;
+            let refused = refused.err().with_context(|| format!("{what} is cut off"))?;
+            ensure!(refused.starts_with("target: ") && refused.contains(why), "{what}: {refused}");
+        }
+        // By the way of somebody on the node.
+        let refused = inject(&mut client, request("x", process(shop.pid()), all.clone())).await;
+        let refused = refused.err().context("its end is cut off by the way")?;
+        ensure!(
+            refused.contains("network.interface: near0: ") && refused.contains("the target"),
+            "{refused}"
+        );
+    }
+    // Where it is nobody special, and on the node's other interfaces.
+    let (mut client, _agent) = agent(&["--pod-logs", &logs("web")?]).await?;
+    for (n, (what, target, fault)) in hurt.into_iter().enumerate() {
+        let id = format!("fine-{n}");
+        let injected = inject(&mut client, request(&id, target, fault)).await.map_err(anyhow::Error::msg);
+        let injected = injected.with_context(|| what.to_owned())?;
+        ensure!(injected.state() == State::Active && injected.pods == [uid.as_str()], "{what}: {injected:?}");
+    }
+    let (mut client, _agent) = agent(&["--protect", "etcd"]).await?;
+    let injected = inject(&mut client, request("lo", interface("lo", ""), just)).await;
+    ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
+    Ok(())
+}
+
+/// As docker-proxy, which is in the cgroup of dockerd.
+#[tokio::test(flavor = "multi_thread")]
+async fn whose_sockets_go_by_the_same_cgroup_is_hurt_with_the_target() -> Result<()> {
+    let lab = Lab::new("bounds")?;
+    let [shared, own] = [Unified::new(&unique("shared"))?, Unified::new(&unique("own"))?];
+    let start =
+        |name, cgroup: &Unified| Named::start_by(name, &|program| cgroup.wrap(&lab.near.command(program)));
+    let (_dockerd, proxy, shop) =
+        (start("dockerd", &shared)?, start("proxy", &shared)?, start("shop", &own)?);
+    let agent = Agent::start(AgentOptions { netns: Some(&lab.near), ..AgentOptions::default() }).await?;
+    let mut client = agent.client().await?;
+    let refused = inject(&mut client, request("x", process(proxy.pid()), loss())).await;
+    let refused = refused.err().context("the sockets of dockerd are cut off")?;
+    ensure!(refused.starts_with("target: ") && refused.contains("would hurt dockerd"), "{refused}");
+    let injected = inject(&mut client, request("y", process(shop.pid()), loss())).await;
+    ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
+    Ok(())
+}
+
+/// As where somebody else runs the API server: it is at 443, and so are others.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kubelet_is_not_cut_off_from_an_api_server_at_443() -> Result<()> {
+    let lab = Lab::new("bounds")?;
+    let listeners = [443, 7000].map(|port| lab.far.listen(port)).into_iter().collect::<Result<Vec<_>>>()?;
+    let connects = |to, port| -> Result<bool> {
+        Ok(lab.near.connect(SocketAddr::new(to, port), Duration::from_millis(700))?.is_ok())
+    };
+    let dir = tempfile::tempdir()?;
+    let kubelet = dir.path().join("kubelet");
+    fs::copy(stdout(Command::new("sh").args(["-c", "command -v bash"]))?.trim(), &kubelet)?;
+    let cgroup = Unified::new(&unique("kubelet"))?;
+    let mut command = lab.near.command(&kubelet);
+    command.args(["-c", &format!("exec 3<>/dev/tcp/{}/443; read -t 3600 <&3", Lab::FAR)]);
+    let _kubelet = Running::start("a kubelet", &cgroup.wrap(&command))?;
+    let (_connection, _) = listeners[0].accept()?;
+
+    let agent = Agent::start(AgentOptions { netns: Some(&lab.near), ..AgentOptions::default() }).await?;
+    let mut client = agent.client().await?;
+    let peers = vec![cidr("10.99.0.0/24")];
+    let fault = NetworkFault { partition: true, peers, ..NetworkFault::default() };
+    let cut = |unprotected| Fault {
+        kind: Some(fault::Kind::Network(NetworkFault { unprotected, ..fault.clone() })),
+    };
+    let injected = inject(&mut client, request("x", interface("near0", ""), cut(false))).await;
+    ensure!(injected.map_err(anyhow::Error::msg)?.state() == State::Active);
+    ensure!(connects(Lab::FAR, 443)?, "the API server is cut off");
+    ensure!(!connects(Lab::FAR, 7000)? && !connects(Lab::FAR_OTHER, 443)?, "others are not");
+    client.update(UpdateRequest { id: "x".to_owned(), fault: Some(cut(true)) }).await?;
+    ensure!(!connects(Lab::FAR, 443)?, "it is asked for");
     Ok(())
 }
 

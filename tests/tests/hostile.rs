@@ -7,6 +7,10 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::Path,
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -309,6 +313,42 @@ async fn nobody_does_more_than_his_role_allows() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn no_id_makes_room_or_gets_into_an_order_of_somebody_else() -> Result<()> {
+    let node = Node::start("ids").await?;
+    let targets = "[{ netns: own, interface: near0 }]";
+    node.certs.rules(&format!(
+        "  - {{ who: spiffe://squall/admin/root, role: admin }}\n  \
+           - {{ who: spiffe://squall/inject/*, role: inject, mostInjections: 2, targets: {targets} }}\n",
+    ))?;
+    let mut eve = node.client("eve").await?;
+    let mut tries = 0;
+    while eve.list(ListRequest {}).await.is_ok() {
+        tries += 1;
+        ensure!(tries < 200, "the policy was not read again: {}", node.agent.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut ci = node.client("ci").await?;
+    for id in ["one", "x.x.x.x"] {
+        inject(&mut ci, network(id, harmless())).await?;
+    }
+    for id in ["x.x.x", "x.x", "x"] {
+        let said = refused(id, inject(&mut ci, network(id, harmless())).await, Code::PermissionDenied)?;
+        ensure!(said.contains("has 2 injections and may have 2"), "{said}");
+    }
+    // The same again is no other.
+    inject(&mut ci, network("one", harmless())).await?;
+    let mut root = node.client("root").await?;
+    let said =
+        refused("a part", inject(&mut root, network("one.7", harmless())).await, Code::InvalidArgument)?;
+    ensure!(said.contains("id: one.7: it would be a part of the order one; choose"), "{said}");
+    inject(&mut root, network("one.of-root", harmless())).await?;
+    let renewed = ci.renew(RenewRequest { ids: vec!["one".into()] }).await?.into_inner();
+    ensure!(renewed.gone.is_empty(), "{renewed:?}");
+    root.revert(RevertRequest { ids: vec![], all: true }).await?;
+    node.is_untouched()
+}
+
 /// Texts that somebody's shell, path, log or format would stumble over.
 const TEXTS: [&str; 12] = [
     "../../../../etc/cron.d/x",
@@ -552,7 +592,8 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     ensure!(full.code() == Code::ResourceExhausted && full.message().contains("streams"), "{full:?}");
     println!("{} connections and {} streams of one client", mine.len(), streams.len());
     // And questions that take long to answer, all the time.
-    let ask = |mut client: AgentClient<Channel>| async move {
+    let refused = Arc::new(AtomicUsize::new(0));
+    let ask = |mut client: AgentClient<Channel>, refused: Arc<AtomicUsize>| async move {
         let exe = ProcessSelector { exe: "squall-none".to_owned(), ..ProcessSelector::default() };
         let targets = vec![Target { kind: Some(target::Kind::Process(exe)) }; 64];
         loop {
@@ -560,6 +601,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
                 Ok(_) => {}
                 // All of them run on the machine that they are about.
                 Err(status) if status.code() == Code::ResourceExhausted => {
+                    refused.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
                 Err(_) => return,
@@ -569,7 +611,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     let mut asking = tokio::task::JoinSet::new();
     // More than the places for calls of one name.
     for client in &mine[..40] {
-        asking.spawn(ask(client.clone()));
+        asking.spawn(ask(client.clone(), Arc::clone(&refused)));
     }
     // He may still revert, and others may do everything.
     let mut slowest = revert(&mut mine[0], "greedy").await?;
@@ -586,6 +628,7 @@ async fn a_client_that_takes_all_he_gets_leaves_the_rest_to_others() -> Result<(
     }
     ci.watch(WatchRequest::default()).await.context("a stream of somebody else")?;
     ensure!(asking.try_join_next().is_none(), "they do not ask any more");
+    ensure!(refused.load(Ordering::Relaxed) > 0, "as many questions of one client as he likes");
     println!("meanwhile the slowest revert: {slowest:?}");
     ensure!(slowest < PROMPT, "{slowest:?}");
     asking.shutdown().await;

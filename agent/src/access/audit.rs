@@ -161,11 +161,12 @@ impl Notes {
 }
 
 fn append(log: &mut Option<Log>, dir: &Path, entry: Entry) -> Result<()> {
-    let log = match log {
-        Some(log) => log,
+    let open = match log {
+        Some(open) => open,
         None => log.insert(Log::open(dir, LARGEST)?),
     };
-    log.append(entry)
+    // To open it again repairs what is torn or missing.
+    open.append(entry).inspect_err(|_| *log = None)
 }
 
 /// The file, and where its chain ends.
@@ -237,14 +238,18 @@ impl Log {
     }
 
     fn rotate(&mut self) -> io::Result<()> {
-        for n in (1..KEPT).rev() {
-            match fs::rename(older(&self.dir, n), older(&self.dir, n + 1)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
+        let path = self.dir.join(NAME);
+        // Where the log is away already it is the first of the older ones, and none of them goes on.
+        if path.try_exists()? {
+            for n in (1..KEPT).rev() {
+                match fs::rename(older(&self.dir, n), older(&self.dir, n + 1)) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
             }
+            fs::rename(&path, older(&self.dir, 1))?;
         }
-        fs::rename(self.dir.join(NAME), older(&self.dir, 1))?;
-        self.file = create(&self.dir.join(NAME))?;
+        self.file = create(&path)?;
         self.length = 0;
         File::open(&self.dir)?.sync_all()
     }
@@ -379,6 +384,34 @@ mod tests {
         assert!(check(&[lines[0], lines[2], lines[3]]).unwrap_err().contains("line 2: it is line 3"));
         assert!(check(&[lines[0], lines[1], lines[1]]).unwrap_err().contains("line 3: it is line 2"));
         assert!(check(&[]).unwrap_err().contains("no line"));
+    }
+
+    #[test]
+    fn what_fails_halfway_is_taken_up_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(NAME);
+        let mut log = Some(Log::open(dir.path(), 1).unwrap());
+        for who in ["a", "b", "c"] {
+            append(&mut log, dir.path(), entry(who)).unwrap();
+        }
+        let older = |n| older(dir.path(), n);
+        let files = [older(2), older(1), path.clone()];
+        verify(&files).unwrap();
+        // A place was made, and no new log could be.
+        for n in [2, 1] {
+            fs::rename(older(n), older(n + 1)).unwrap();
+        }
+        fs::rename(&path, older(1)).unwrap();
+        append(&mut log, dir.path(), entry("d")).unwrap();
+        verify(&[older(3), older(2), older(1), path.clone()]).unwrap();
+        assert!(!older(4).exists());
+        // A line is torn, and cannot be cut.
+        let log = &mut Some(Log::open(dir.path(), LARGEST).unwrap());
+        fs::write(&path, fs::read_to_string(&path).unwrap() + "{\"n\":5,\"ti").unwrap();
+        log.as_mut().unwrap().file = File::open(&path).unwrap();
+        assert!(append(log, dir.path(), entry("e")).is_err());
+        append(log, dir.path(), entry("f")).unwrap();
+        verify(&[older(3), older(2), older(1), path]).unwrap();
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::{
     Access,
     audit::Entry,
     listen::Caller,
-    policy::{Grant, Role, needed},
+    policy::{DESCRIBE, Grant, Role, needed},
     tokens::Token,
 };
 use crate::metrics::METRICS;
@@ -124,10 +124,15 @@ where
                 Ok(grant) => grant,
                 Err(status) => return Ok(status.into_http()),
             };
-            // Who only takes back, or asks what there is to take back, waits behind nobody.
+            // Who only takes back, or asks what there is to take back, waits behind nobody. To describe targets takes reading, and
+            // has places of its own: whoever may do no more takes none from those who renew.
+            let quota = caller.as_ref().and_then(|caller| match needed(&path) {
+                Role::Revert => (path == DESCRIBE).then_some(&caller.gate.describes),
+                _ => Some(&caller.gate.calls),
+            });
             let mut slot = None;
-            if needed(&path) > Role::Revert {
-                slot = caller.and_then(|caller| caller.gate.calls.take(&grant.who));
+            if let Some(quota) = quota {
+                slot = quota.take(&grant.who);
                 if slot.is_none() {
                     METRICS.refused("calls");
                     let why = format!("{} has too many calls under way; wait for some of them", grant.who);

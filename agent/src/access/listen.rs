@@ -47,6 +47,8 @@ pub struct Gate {
     connections: Arc<Quota>,
     /// Calls that do not only take back.
     pub calls: Arc<Quota>,
+    /// Calls of Describe, which takes back nothing and may read much.
+    pub describes: Arc<Quota>,
     /// Streams, which last.
     pub streams: Arc<Quota>,
 }
@@ -59,6 +61,7 @@ impl Gate {
             handshakes: Quota::new(128, 16),
             connections: Quota::new(256, 64),
             calls: Quota::new(64, 32),
+            describes: Quota::new(64, 32),
             streams: Quota::new(128, 32),
         })
     }

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::tokens::is_account;
 use crate::{
+    host::cgroup::Hierarchies,
     limits::Invalid,
     target::{Netns, Scope, Target},
 };
@@ -30,11 +31,14 @@ pub enum Role {
     Admin,
 }
 
+/// The one method for everybody that does much.
+pub const DESCRIBE: &str = "/squall.v1.Agent/Describe";
+
 /// Every method there is, and the least role for it. What is not in here is for [`Role::Admin`].
 const METHODS: [(&str, Role); 13] = [
     ("/grpc.health.v1.Health/Check", Role::Revert),
     ("/grpc.health.v1.Health/Watch", Role::Revert),
-    ("/squall.v1.Agent/Describe", Role::Revert),
+    (DESCRIBE, Role::Revert),
     ("/squall.v1.Agent/List", Role::Revert),
     ("/squall.v1.Agent/Revert", Role::Revert),
     ("/squall.v1.Agent/Stop", Role::Revert),
@@ -196,7 +200,7 @@ impl Place {
         let named = !target.is_everybody(scope) || matches!(self.netns, Some(Namespace::Own));
         named
             && self.exe.as_ref().is_none_or(|exe| runs(target, exe))
-            && self.cgroup.as_ref().is_none_or(|dir| below(target, dir))
+            && self.cgroup.as_ref().is_none_or(|dir| below(target, dir, scope))
             && self.netns.as_ref().is_none_or(|netns| target.netns.as_ref().is_some_and(|n| netns.is(n)))
             && self.interface.as_ref().is_none_or(|name| target.interface.as_ref() == Some(name))
     }
@@ -222,8 +226,21 @@ fn runs(target: &Target, exe: &Path) -> bool {
     )
 }
 
-fn below(target: &Target, dir: &Path) -> bool {
-    target.cgroup.as_ref().is_some_and(|cgroup| cgroup.path.starts_with(dir))
+/// Whether the target is in this cgroup or below it, in each hierarchy in which the fault takes hold of one.
+fn below(target: &Target, dir: &Path, scope: Scope) -> bool {
+    let Some(cgroup) = target.cgroup.as_ref().filter(|cgroup| cgroup.path.starts_with(dir)) else {
+        return false;
+    };
+    let held: Vec<_> = match scope {
+        Scope::Cgroup => cgroup.stressed().collect(),
+        Scope::Sockets => cgroup.of_sockets().map(|dir| ("", dir)).into_iter().collect(),
+        Scope::Process | Scope::Network => Vec::new(),
+    };
+    let same = Hierarchies::read().unwrap_or_default().by_path(dir);
+    let in_its_hierarchy = |name| same.as_ref().and_then(|same| same.controller(name));
+    held.into_iter().all(|(name, held)| {
+        held.starts_with(dir) || in_its_hierarchy(name).is_some_and(|(_, dir)| held.starts_with(dir))
+    })
 }
 
 /// What a caller may do now.
@@ -449,6 +466,32 @@ rules:
         assert_eq!(check("network", Scope::Network, target("/", true, Some("eth9")), 1, 0), Ok(()));
         assert_eq!(check("network", Scope::Network, target("/", true, Some("eth0")), 1, 0), outside());
         assert_eq!(check("network", Scope::Network, target("/", false, Some("eth9")), 1, 0), outside());
+    }
+
+    /// On v1 a process may be in one cgroup for memory, and in another for CPU time.
+    #[test]
+    fn a_cgroup_that_a_stressor_moves_into_is_no_other() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = |name: &str| {
+            let dir = top.path().join(name);
+            fs::create_dir_all(&dir).unwrap();
+            for dir in [&dir, dir.parent().unwrap()] {
+                fs::write(dir.join("cgroup.procs"), "").unwrap();
+            }
+            dir
+        };
+        let with_cpu = |cpu: PathBuf| {
+            let memory = dir("memory/shop");
+            let v1 = vec![("cpu".to_owned(), cpu), ("memory".to_owned(), memory.clone())];
+            let cgroup = Cgroup { unified: None, v1, path: memory, inode: 1 };
+            Target { cgroup: Some(cgroup), ..target("/", true, None) }
+        };
+        let shop = dir("memory/shop");
+        let others = with_cpu(dir("cpu/others"));
+        assert!(!below(&others, &shop, Scope::Cgroup) && below(&others, &shop, Scope::Process));
+        assert!(below(&with_cpu(dir("memory/shop/cpu")), &shop, Scope::Cgroup));
+        let root = dir("cpu/root").parent().unwrap().to_owned();
+        assert!(below(&with_cpu(root), &shop, Scope::Cgroup), "as one more process of the node");
     }
 
     #[test]

@@ -41,10 +41,12 @@ use crate::{
     host::{
         bpf::{Hook, remove_filters},
         caps::Capability,
+        cgroup::Hierarchies,
         line::{self, Line},
         localnet,
         netns::Netns,
         port::{Figures, Holder, Key, Owned, Spec, Support, made_clsact, place, random, settle},
+        proc,
         resolve::{Files, Resolver},
         sockets,
         tc::{Interface, Netlink},
@@ -58,8 +60,15 @@ use crate::{
 const REFRESH: Duration = Duration::from_secs(5);
 /// A TAP queue holds so many bytes at the most (`MOST_BYTES` in host/tap.rs).
 const QUEUE_BITS: f64 = 8.0 * 268_435_456.0;
+/// A fault on this part, or more, of what a node may send and receive is one on everybody there.
+const MOST_OF_A_NODE: f64 = 0.5;
+/// Where the addresses of hosts are.
+const UNICAST: [&str; 2] = ["0.0.0.0/0", "2000::/3"];
 /// Ports of services on a node without which nobody can get in and take a fault back: SSH, the API server, the kubelet.
 const LIFELINES: [u16; 3] = [22, 6443, 10250];
+
+/// Where API servers are, if not there.
+const HTTPS: Ports = Ports { first: 443, last: 443 };
 
 /// Where remote clients of this agent come in.
 static CONTROL: OnceLock<u16> = OnceLock::new();
@@ -188,8 +197,8 @@ struct Live {
     names: Names,
     /// The target's cgroup, where only its sockets are meant.
     cgroup: Option<Sockets>,
-    /// Whether the interfaces are the node's own.
-    node: bool,
+    /// Where the interfaces are the node's own: at which addresses its kubelet reaches the API server.
+    node: Option<Vec<Cidr>>,
     /// Whether no interface was named.
     whole: bool,
     /// Which of them is the loopback interface, where it was not named.
@@ -217,7 +226,7 @@ impl Live {
                 i,
                 &self.names,
                 self.cgroup.as_ref(),
-                self.node,
+                self.node.as_deref(),
                 self.loopback == Some(i),
             );
             rule.change(spec)?;
@@ -269,22 +278,24 @@ impl Fault for Network {
                 "leave it out, or choose another target",
             ));
         }
-        let everything = |peer: &Peer| {
-            let Peer { clause, hosts } = peer;
-            (clause.cidrs.iter().any(Cidr::is_everything) || clause.cidrs.is_empty() && hosts.is_empty())
-                && clause.peer_ports.is_empty()
-                && clause.local_ports.is_empty()
-        };
         let own_sockets = self.cgroup_of(target).is_ok_and(|cgroup| cgroup.is_some());
-        if netns.own && !own_sockets && !limits.whole_node_network && self.peers.iter().any(everything) {
+        let everybodys = netns.own && !own_sockets;
+        if everybodys && !limits.whole_node_network && self.share_of_packets() >= MOST_OF_A_NODE {
             return Err(Invalid::new(
                 "network.peers",
                 "every packet",
                 format!("{target} is in the node's own network namespace: this would hit everybody on it"),
-                "name peers by CIDR or port, or start the agent with --allow-whole-node-network",
+                "name fewer peers by CIDR or port, or start the agent with --allow-whole-node-network",
             ));
         }
-        let spared = self.lifelines(netns.own);
+        // Who is protected was looked at for the target, and so for the interface that the target names.
+        if let Some(name) = self.interface.as_ref().filter(|_| everybodys && target.interface.is_none())
+            && target::behind(name).is_some()
+        {
+            let problem = "it leads into a network of somebody else";
+            return Err(Invalid::new("network.interface", name, problem, "make this interface the target"));
+        }
+        let spared = self.lifelines(netns.own.then_some(&[]));
         for (i, Peer { clause, hosts }) in self.peers.iter().enumerate() {
             if hosts.is_empty() && spared.iter().any(|spared| spared.covers(clause)) {
                 return Err(Invalid::new(
@@ -391,6 +402,21 @@ impl Fault for Network {
 }
 
 impl Network {
+    /// How large a part of all packets it is about at the most, by addresses and ports alone: the sum over its peers, for the IP
+    /// version of which that is the larger part.
+    fn share_of_packets(&self) -> f64 {
+        let share_of = |all: &Cidr| -> f64 {
+            let clauses =
+                self.peers.iter().filter(|peer| !peer.clause.cidrs.is_empty() || peer.hosts.is_empty());
+            let share = |Peer { clause, .. }: &Peer| {
+                let ports = share_of_ports(&clause.peer_ports) * share_of_ports(&clause.local_ports);
+                share_of_addresses(all, &clause.cidrs) * ports
+            };
+            clauses.map(share).sum()
+        };
+        UNICAST.iter().filter_map(|all| Some(share_of(&all.parse().ok()?))).fold(0.0, f64::max)
+    }
+
     /// The rule for the n-th interface. Interfaces draw from different sequences. `loopback`: it is the loopback interface, for the sake of
     /// those peers that are there.
     fn spec(
@@ -399,7 +425,7 @@ impl Network {
         n: usize,
         names: &Names,
         sockets: Option<&Sockets>,
-        node: bool,
+        node: Option<&[Cidr]>,
         loopback: bool,
     ) -> Spec {
         let mut clauses: Vec<Clause> = self.except.iter().map(|peer| peer.with_addresses(names)).collect();
@@ -425,11 +451,9 @@ impl Network {
         self.peers.iter().map(|peer| peer.with_addresses(names)).collect()
     }
 
-    /// What is spared on a node's own interfaces.
-    fn lifelines(&self, node: bool) -> Vec<Clause> {
-        if !node {
-            return Vec::new();
-        }
+    /// What is spared on a node's own interfaces, of which it is known where the API server is.
+    fn lifelines(&self, node: Option<&[Cidr]>) -> Vec<Clause> {
+        let Some(api) = node else { return Vec::new() };
         let lifeline = Clause {
             except: true,
             egress: true,
@@ -449,6 +473,9 @@ impl Network {
             Clause { peer_ports: ports[1..].to_vec(), ..lifeline.clone() },
         ];
         all.extend(control);
+        if !api.is_empty() {
+            all.push(Clause { cidrs: api.to_vec(), peer_ports: vec![HTTPS], ..lifeline.clone() });
+        }
         // As every pod is told.
         let var = |name: &str| env::var(name).ok();
         if let (Some(host), Some(port)) = (var("KUBERNETES_SERVICE_HOST"), var("KUBERNETES_SERVICE_PORT"))
@@ -472,10 +499,8 @@ impl Network {
             v1::Sockets::Unspecified if !shared => return Ok(None),
             v1::Sockets::Unspecified | v1::Sockets::Target => {}
         }
-        let unified = target.cgroup.as_ref().and_then(|cgroup| cgroup.unified.clone());
-        // The root has no type (Documentation/admin-guide/cgroup-v2.rst).
-        match unified.filter(|path| path.join("cgroup.type").exists()) {
-            Some(path) => Ok(Some(path)),
+        match target.cgroup.as_ref().and_then(target::Cgroup::of_sockets) {
+            Some(path) => Ok(Some(path.to_owned())),
             None => bail!(
                 "{target} shares its network and has no cgroup (v2) of its own by which to tell its sockets; \
                  choose `sockets: all` to hurt everybody there, with peers that are only the target's"
@@ -642,14 +667,14 @@ impl Network {
                 .push(format!("{name} is {}, asked again every {REFRESH:?}", addresses.join(", ")));
         }
         let cgroup = cgroup.map(|path| Sockets { path, ids: Vec::new(), endpoints: BTreeMap::new() });
+        let node = (netns.own && !outside).then(api_servers);
         let mut mechanisms = vec![hook_name(support.hook).to_owned()];
         let mut changes = false;
         Netns::open(&netns)?.run(|| {
             let mut netlink = Netlink::open()?;
             for (i, interface) in interfaces.iter().enumerate() {
                 let loopback = interface.loopback && self.named(target).is_none();
-                let node = netns.own && !outside;
-                let spec = self.spec(seed, i, &names, cgroup.as_ref(), node, loopback);
+                let spec = self.spec(seed, i, &names, cgroup.as_ref(), node.as_deref(), loopback);
                 changes |= spec.works() || spec.segments();
                 let undo = plan_interface(
                     support,
@@ -700,6 +725,7 @@ impl Network {
         let present = place.run(|| Netlink::open()?.interfaces())?;
         let (rules, fault, seed, loopback) = (Vec::new(), self.clone(), undo.seed, None);
         let whole = self.named(target).is_none();
+        let node = node.then(api_servers);
         let mut live = Live { rules, fault, seed, names, cgroup, node, whole, loopback };
         for (i, planned) in undo.interfaces.iter().enumerate() {
             let interface = present
@@ -709,8 +735,14 @@ impl Network {
             if interface.loopback && whole {
                 live.loopback = Some(i);
             }
-            let spec =
-                self.spec(undo.seed, i, &live.names, live.cgroup.as_ref(), node, live.loopback == Some(i));
+            let spec = self.spec(
+                undo.seed,
+                i,
+                &live.names,
+                live.cgroup.as_ref(),
+                live.node.as_deref(),
+                live.loopback == Some(i),
+            );
             crash::step("network.rule")?;
             live.rules.push(Owned::add(support, &place, interface, planned.outside, spec, window)?);
             crash::point("network.ruled");
@@ -834,7 +866,7 @@ impl Peer {
     fn with_addresses(&self, names: &Names) -> Clause {
         let mut clause = self.clause.clone();
         let addresses = self.hosts.iter().filter_map(|name| names.get(name)).flatten();
-        clause.cidrs.extend(addresses.filter_map(|&a| Cidr::new(a, if a.is_ipv4() { 32 } else { 128 })));
+        clause.cidrs.extend(addresses.filter_map(|&address| host(address)));
         clause
     }
 }
@@ -846,6 +878,66 @@ fn on_loopback(clause: &Clause) -> bool {
 fn address_of(address: &SockaddrStorage) -> Option<IpAddr> {
     let v4 = address.as_sockaddr_in().map(|v4| v4.ip().into());
     v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
+}
+
+/// Where the kubelet reaches the API server, if that is at 443, as on clusters that somebody else runs: packets have that address by the
+/// time they leave, and not the one of the service. Told by the cgroup (v2) of its sockets; on v1 it is not.
+fn api_servers() -> Vec<Cidr> {
+    let hierarchies = Hierarchies::read().unwrap_or_default();
+    let is_kubelet = |pid: &i32| proc::exe(*pid).is_some_and(|exe| exe.ends_with("kubelet"));
+    let cgroup = |pid| hierarchies.of_process(&proc::cgroups(pid)?)?.of_sockets()?.metadata().ok();
+    let kubelets = proc::pids().unwrap_or_default().into_iter().filter(is_kubelet);
+    let ids: Vec<u64> = kubelets.filter_map(cgroup).map(|dir| dir.ino()).collect();
+    if ids.is_empty() {
+        return Vec::new();
+    }
+    let own = target::Netns::own().context("the agent has no network namespace");
+    let sockets = own.and_then(|own| sockets::established(&Netns::open(&own)?)).unwrap_or_else(|error| {
+        tracing::warn!("an API server at {} is not known, and not spared: {error:#}", HTTPS.first);
+        Vec::new()
+    });
+    let is_its = |socket: &sockets::TcpSocket| {
+        socket.peer.port() == HTTPS.first && socket.cgroup.is_some_and(|id| ids.contains(&id))
+    };
+    let hosts: BTreeSet<IpAddr> = sockets.into_iter().filter(is_its).map(|socket| socket.peer.ip()).collect();
+    hosts.into_iter().filter_map(host).collect()
+}
+
+/// The prefix of one address.
+fn host(address: IpAddr) -> Option<Cidr> {
+    Cidr::new(address, if address.is_ipv4() { 32 } else { 128 })
+}
+
+/// How large a part of a prefix these take together; without any, all of it.
+fn share_of_addresses(all: &Cidr, cidrs: &[Cidr]) -> f64 {
+    if cidrs.is_empty() || cidrs.iter().any(|cidr| cidr.covers(all)) {
+        return 1.0;
+    }
+    // In this order a prefix comes after all that cover it.
+    let inside: BTreeSet<&Cidr> = cidrs.iter().filter(|cidr| all.covers(cidr)).collect();
+    let (mut share, mut last) = (0.0, None::<&Cidr>);
+    for cidr in inside {
+        if last.is_none_or(|last| !last.covers(cidr)) {
+            share += (-f64::from(cidr.prefix_len() - all.prefix_len())).exp2();
+            last = Some(cidr);
+        }
+    }
+    share
+}
+
+/// How large a part of all ports these take together; without any, all of them.
+fn share_of_ports(ports: &[Ports]) -> f64 {
+    if ports.is_empty() {
+        return 1.0;
+    }
+    let mut ranges: Vec<[u32; 2]> = ports.iter().map(|p| [p.first.into(), u32::from(p.last) + 1]).collect();
+    ranges.sort_unstable();
+    let (mut count, mut next) = (0, 0);
+    for [first, end] in ranges {
+        count += end.saturating_sub(first.max(next));
+        next = next.max(end);
+    }
+    f64::from(count) / 65_536.0
 }
 
 fn is_loopback(cidr: &Cidr) -> bool {
@@ -914,7 +1006,7 @@ fn median_rtt(netns: &Netns, clauses: &[Clause]) -> Option<Duration> {
         ranges.is_empty() || ranges.iter().any(|p| (p.first..=p.last).contains(&address.port()))
     };
     let about = |clause: &Clause, socket: &sockets::TcpSocket| {
-        let host = Cidr::new(socket.peer.ip(), if socket.peer.is_ipv4() { 32 } else { 128 });
+        let host = host(socket.peer.ip());
         matches!(clause.protocol, None | Some(Protocol::Tcp))
             && within(&clause.peer_ports, socket.peer)
             && within(&clause.local_ports, socket.local)
@@ -978,4 +1070,47 @@ async fn support() -> Result<Arc<Support>> {
     static SUPPORT: OnceCell<Arc<Support>> = OnceCell::const_new();
     let probe = || async { Ok::<_, anyhow::Error>(Arc::new(spawn_blocking(Support::probe).await??)) };
     SUPPORT.get_or_try_init(probe).await.cloned()
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    fn peer(cidrs: &[&str], ports: &[[u32; 2]], hosts: &[&str]) -> v1::Peer {
+        let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        let ports = ports.iter().map(|&[first, last]| v1::PortRange { first, last }).collect();
+        v1::Peer { cidrs: texts(cidrs), hosts: texts(hosts), ports, ..v1::Peer::default() }
+    }
+
+    #[rstest]
+    #[case::no_peer(vec![], true)]
+    #[case::all(vec![peer(&["0.0.0.0/0"], &[], &[])], true)]
+    #[case::two_halves(vec![peer(&["0.0.0.0/1", "128.0.0.0/1"], &[], &[])], true)]
+    #[case::two_halves_of_two_peers(vec![peer(&["::/1"], &[], &[]), peer(&["8000::/1"], &[], &[])], true)]
+    #[case::all_but_one_address_in_256(vec![peer(&["0.0.0.0/1", "128.0.0.0/2", "192.0.0.0/3"], &[], &[])], true)]
+    #[case::all_ports(vec![peer(&[], &[[1, 65535]], &[])], true)]
+    #[case::all_ports_in_parts(vec![peer(&[], &[[1, 30000], [20000, 60000], [60001, 65535]], &[])], true)]
+    #[case::all_of_both(vec![peer(&["0.0.0.0/0"], &[[1, 40000]], &[]), peer(&["0.0.0.0/0"], &[[40001, 65535]], &[])], true)]
+    #[case::one_port(vec![peer(&[], &[[443, 443]], &[])], false)]
+    #[case::a_port_of_all_and_all_of_one(vec![peer(&["0.0.0.0/0"], &[[443, 443]], &[]), peer(&["10.0.0.0/8"], &[], &[])], false)]
+    #[case::a_network_in_itself(vec![peer(&["0.0.0.0/2", "10.0.0.0/8", "20.0.0.0/7"], &[], &[])], false)]
+    #[case::a_name(vec![peer(&[], &[], &["shop.test"])], false)]
+    fn nearly_everything_is_everything(#[case] peers: Vec<v1::Peer>, #[case] everything: bool) {
+        let fault = v1::NetworkFault { peers, partition: true, ..v1::NetworkFault::default() };
+        let fault = Network::parse(fault).unwrap();
+        let target = Target {
+            name: "lo".to_owned(),
+            process: None,
+            cgroup: None,
+            netns: target::Netns::own(),
+            interface: Some("lo".to_owned()),
+        };
+        let refused = fault.check(&target, &Limits::default()).err().map(|refused| refused.to_string());
+        assert_eq!(refused.is_some(), everything, "{refused:?}");
+        assert!(refused.is_none_or(|why| why.contains("--allow-whole-node-network")));
+        let whole_node_network = true;
+        assert_eq!(fault.check(&target, &Limits { whole_node_network, ..Limits::default() }), Ok(()));
+    }
 }

@@ -14,6 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::target::Cgroup;
 
+/// Controllers into whose cgroups stressors move (fault/cpu.rs, fault/memory.rs).
+const STRESSED: [&str; 4] = ["cpu", "cpuacct", "cpuset", "memory"];
+
 /// The hierarchies that are mounted on this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Hierarchies(Vec<Hierarchy>);
@@ -238,11 +241,30 @@ impl Cgroup {
 
     /// The processes in it and below it.
     pub fn processes(&self) -> Vec<i32> {
-        let mut pids = Vec::new();
-        processes_below(&self.path, &mut pids);
-        pids.sort_unstable();
-        pids.dedup();
-        pids
+        below([self.path.as_path()])
+    }
+
+    /// Everybody that a stressor in it is a neighbour of. On v1 the cgroups of two controllers may have other members.
+    pub fn members(&self) -> Vec<i32> {
+        below(self.stressed().map(|(_, dir)| dir).chain([self.path.as_path()]))
+    }
+
+    /// The cgroups that a stressor may move into, by their controllers. A root is left out: there a stressor is one more process
+    /// of the node.
+    pub fn stressed(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let dirs = STRESSED.iter().filter_map(|name| Some((*name, self.controller(name)?.1)));
+        dirs.filter(|(_, dir)| with_ancestors(dir).nth(1).is_some())
+    }
+
+    /// The cgroup by which its sockets are told from others: of v2, and not the root, which has no type
+    /// [Documentation/admin-guide/cgroup-v2.rst, 6.1].
+    pub fn of_sockets(&self) -> Option<&Path> {
+        self.unified.as_deref().filter(|dir| dir.join("cgroup.type").exists())
+    }
+
+    /// Everybody whose sockets are told by it.
+    pub fn owners_of_sockets(&self) -> Vec<i32> {
+        below(self.of_sockets())
     }
 
     /// Its memory controller.
@@ -407,6 +429,15 @@ fn subdirectories(dir: &Path) -> impl Iterator<Item = PathBuf> + use<> {
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
 }
 
+/// The processes in these cgroups and below them.
+fn below<'a>(dirs: impl IntoIterator<Item = &'a Path>) -> Vec<i32> {
+    let mut pids = Vec::new();
+    dirs.into_iter().for_each(|dir| processes_below(dir, &mut pids));
+    pids.sort_unstable();
+    pids.dedup();
+    pids
+}
+
 fn processes_below(dir: &Path, pids: &mut Vec<i32>) {
     let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
     pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
@@ -497,6 +528,30 @@ mod tests {
         let cgroup = hierarchies.of_process(&process(of)).expect("a cgroup");
         assert_eq!(cgroup.path, top.path().join("cpu,cpuacct/web"));
         assert!(hierarchies.is_root(&cgroup, "memory") && !hierarchies.is_root(&cgroup, "cpu"));
+    }
+
+    #[test]
+    fn members_are_those_of_every_cgroup_that_a_stressor_moves_into() {
+        let top = tree(&["cpu,cpuacct/pool/a", "memory/web", "systemd", "unified"]);
+        let hierarchies = Hierarchies::parse(&hybrid(&top.path().display().to_string()));
+        let procs = |dir: &str, pids: &str| {
+            fs::write(top.path().join(dir).join("cgroup.procs"), pids).expect("a file");
+        };
+        procs("memory/web", "7\n8\n");
+        procs("cpu,cpuacct/pool", "7\n");
+        procs("cpu,cpuacct/pool/a", "9\n");
+        procs("cpu,cpuacct", "1\n7\n");
+        let of = |cpu: &str| {
+            let text = format!("8:name=systemd:/\n4:memory:/web\n2:cpu,cpuacct:{cpu}\n0::/\n");
+            hierarchies.of_process(&process(&text)).expect("a cgroup")
+        };
+        assert_eq!(of("/pool").members(), [7, 8, 9]);
+        assert_eq!(of("/pool").processes(), [7, 8]);
+        assert_eq!(of("/").members(), [7, 8], "a root is nobody's in particular");
+        assert_eq!(of("/pool").owners_of_sockets(), [0; 0], "in the root of v2 sockets are everybody's");
+        fs::write(top.path().join("unified/cgroup.type"), "domain\n").expect("a file");
+        procs("unified", "5\n");
+        assert_eq!(of("/pool").owners_of_sockets(), [5]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
-        unix::ffi::OsStrExt,
+        unix::{ffi::OsStrExt, fs::MetadataExt},
     },
     path::{Path, PathBuf},
 };
@@ -23,6 +23,9 @@ pub const AGENT_ARGUMENT: &str = "--agent=";
 
 /// `PF_KTHREAD` [include/linux/sched.h, 6.1].
 const PF_KTHREAD: u32 = 0x0020_0000;
+
+/// `PF_EXITING`, as above. Set before a process lets go of its memory [kernel/exit.c, `do_exit`, 6.1].
+const PF_EXITING: u32 = 0x0000_0004;
 
 /// Every process of this pid namespace, kernel threads included, ascending.
 pub fn pids() -> io::Result<Vec<i32>> {
@@ -55,6 +58,22 @@ pub fn parse_stat(bytes: &[u8]) -> Option<Stat> {
 /// Whether a thread of the kernel's own.
 pub fn is_kernel_thread(stat: &Stat) -> bool {
     stat.flags & PF_KTHREAD != 0
+}
+
+/// Whether it has begun to end. Of a process that is its first thread, which may be over before others.
+pub fn is_exiting(stat: &Stat) -> bool {
+    stat.flags & PF_EXITING != 0
+}
+
+/// Whether a process is the same user's and in the same pid namespace as this one, as all are that this program starts, whether they
+/// have a parent any more or not.
+pub fn is_kin(pid: i32) -> bool {
+    // The owner of the directory is the effective user, also of a process that may not be looked into
+    // [fs/proc/base.c, `task_dump_owner`, 6.1].
+    let owner = |pid: i32| fs::metadata(format!("/proc/{pid}")).ok().map(|dir| dir.uid());
+    let own = std::process::id() as i32;
+    // What cannot be told is no difference.
+    owner(pid) == owner(own) && pid_namespace(pid).is_none_or(|there| pid_namespace(own) == Some(there))
 }
 
 /// Sets how nice the calling thread is, -20 to 19 (`nice(2)`). Below what it is now takes `CAP_SYS_NICE`; without, it stays.
@@ -114,7 +133,7 @@ pub fn ancestors(pid: i32) -> Vec<i32> {
 
 /// The pid namespace of a process, by its inode.
 pub fn pid_namespace(pid: i32) -> Option<u64> {
-    fs::metadata(format!("/proc/{pid}/ns/pid")).ok().map(|meta| std::os::unix::fs::MetadataExt::ino(&meta))
+    fs::metadata(format!("/proc/{pid}/ns/pid")).ok().map(|meta| meta.ino())
 }
 
 /// What /proc/PID/cgroup says.

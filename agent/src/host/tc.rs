@@ -14,6 +14,7 @@ use rtnetlink::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
             LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
         },
+        nsid::{NsidAttribute, NsidMessage},
         tc::{TcAttribute, TcHandle, TcHeader, TcMessage, TcOption, TcStats2},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
@@ -95,6 +96,37 @@ impl Netlink {
                 _ => None,
             })
             .collect())
+    }
+
+    /// Which of these processes is in the network namespace that an interface leads to, where it leads out of this one. Indexes
+    /// do not tell: each namespace has its own.
+    pub fn behind(&mut self, name: &str, pids: impl IntoIterator<Item = i32>) -> Result<Option<i32>> {
+        let replies = self
+            .call(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .context("listing the interfaces")?;
+        let is_it = |link: &LinkMessage| link.attributes.contains(&LinkAttribute::IfName(name.to_owned()));
+        // The kernel gives the namespace an id when it names it here.
+        let id = replies.iter().find_map(|reply| match reply {
+            RouteNetlinkMessage::NewLink(link) if is_it(link) => {
+                link.attributes.iter().find_map(|attribute| match attribute {
+                    LinkAttribute::LinkNetNsId(id) => Some(*id),
+                    _ => None,
+                })
+            }
+            _ => None,
+        });
+        let Some(id) = id else { return Ok(None) };
+        for pid in pids {
+            let mut message = NsidMessage::default();
+            message.attributes.push(NsidAttribute::Pid(pid.unsigned_abs()));
+            // One that has ended is nobody.
+            let replies = self.call(RouteNetlinkMessage::GetNsId(message), NLM_F_ACK).unwrap_or_default();
+            let is_there = |reply: &RouteNetlinkMessage| matches!(reply, RouteNetlinkMessage::NewNsId(m) if m.attributes.contains(&NsidAttribute::Id(id)));
+            if replies.iter().any(is_there) {
+                return Ok(Some(pid));
+            }
+        }
+        Ok(None)
     }
 
     /// Packets that an interface lost when they arrived or when they left, since it was made.

@@ -204,16 +204,77 @@ fn strays(token: &str) -> Result<Vec<i32>> {
     let mut left = Vec::new();
     for pid in proc::pids().context("list /proc")? {
         let arguments = proc::arguments(pid);
-        if arguments.is_empty() {
-            let dying = proc::any_stat(pid).is_some_and(|stat| {
-                // A zombie with no other threads has nothing left to give back.
-                stat.comm == proc::STRESSOR && (stat.state != 'Z' || stat.num_threads > 1)
-            });
-            left.extend(dying.then_some(pid));
-        } else if proc::injection_of(&arguments) == Some(token) {
-            end(pid, token)?;
+        let dying = arguments.is_empty() && is_dying(pid);
+        if (dying || proc::injection_of(&arguments) == Some(token)) && proc::is_kin(pid) {
+            if !dying {
+                end(pid, token)?;
+            }
             left.push(pid);
         }
     }
     Ok(left)
+}
+
+/// Whether it is on its way out, by the kernel's word: anybody may call himself a stressor and have no arguments.
+fn is_dying(pid: i32) -> bool {
+    proc::any_stat(pid).is_some_and(|stat| {
+        // A zombie with no other threads has nothing left to give back.
+        stat.comm == proc::STRESSOR && proc::is_exiting(&stat) && (stat.state != 'Z' || stat.num_threads > 1)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        os::unix::{fs::PermissionsExt, process::CommandExt},
+        process::{Command, Stdio},
+        thread,
+    };
+
+    use super::*;
+
+    /// Needs root: it starts processes as somebody else.
+    mod privileged {
+        use super::*;
+
+        #[tokio::test]
+        async fn nobody_holds_up_a_revert_who_only_calls_himself_a_stressor() {
+            const NOBODY: u32 = 65_534;
+            let dir = tempfile::tempdir().expect("a directory");
+            let program = dir.path().join(proc::STRESSOR);
+            let cat = ["/usr/bin/cat", "/bin/cat"].iter().find(|cat| Path::new(cat).exists()).expect("a cat");
+            fs::copy(cat, &program).expect("copied");
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("open to all");
+            let token = "of-nobody";
+            let start = |uid: u32, arguments: &[&str]| {
+                let mut command = Command::new(&program);
+                command.arg0(arguments[0]).args(&arguments[1..]).uid(uid).stdin(Stdio::piped());
+                let child = command.spawn().expect("started");
+                while proc::any_stat(child.id().cast_signed()).is_none_or(|stat| stat.comm != proc::STRESSOR)
+                {
+                    thread::yield_now();
+                }
+                child
+            };
+            // Without arguments, as root and not; and with those of a stressor, of somebody who would come again each time.
+            let injection = format!("{}{token}", proc::INJECTION_ARGUMENT);
+            let mut all = [
+                start(NOBODY, &[""]),
+                start(0, &[""]),
+                start(NOBODY, &[proc::STRESSOR, "-", "--", &injection]),
+            ];
+            let started = Instant::now();
+            let ended = end_all(token).await;
+            let took = started.elapsed();
+            let lives = all.each_mut().map(|child| child.try_wait().expect("asked").is_none());
+            for mut child in all {
+                child.kill().expect("ended");
+                child.wait().expect("ended");
+            }
+            ended.expect("nobody is left");
+            assert!(took < END / 2, "{took:?}");
+            assert_eq!(lives, [true; 3]);
+        }
+    }
 }
