@@ -411,7 +411,7 @@ async fn two_ports_of_one_interface_do_not_disturb_each_other() -> Result<()> {
     let by_name = || delay(50, Direction::Both, vec![cidr("fd99::/64")]);
     let late = |lab: &Lab| Ok::<_, Error>([rtt(lab, Lab::FAR)?, rtt(lab, Lab::FAR_V6)?]);
     let like = |[v4, v6]: [f64; 2], expected: [f64; 2]| {
-        (v4 - expected[0]).abs() < 15.0 && (v6 - expected[1]).abs() < 15.0
+        (v4 - expected[0]).abs() < 30.0 && (v6 - expected[1]).abs() < 30.0
     };
     for side_first in [false, true] {
         let side = bench.inject_into(bench.near(), by_side()).await?;
