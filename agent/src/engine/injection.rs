@@ -279,13 +279,15 @@ impl Task {
         self.measure(&mut held).await;
         drop(held);
         crash::point("engine.dropped");
-        self.hear_no_more();
-        self.core.take_back(why).await;
+        self.take_back(why).await;
     }
 
-    /// From here on it is taken back, for as long as that takes. Nobody is to wait for a place in a queue that is not read.
-    fn hear_no_more(&mut self) {
-        self.commands = mpsc::channel(1).1;
+    async fn take_back(&mut self, why: &str) {
+        if !self.core.try_revert(why).await {
+            // That may take for ever. Nobody is to wait for an answer, or for a place in a queue that is not read.
+            self.commands = mpsc::channel(1).1;
+            self.core.retry_revert(why).await;
+        }
     }
 
     /// Waits to be fired. False: it ended before.
@@ -355,8 +357,7 @@ impl Task {
             Err(e) => {
                 warn!(id = core.id(), kind = core.kind.name, error = format!("{e:#}"), "inject failed");
                 let why = format!("inject failed: {e:#}");
-                self.hear_no_more();
-                core.take_back(&why).await;
+                self.take_back(&why).await;
                 core.set(|i| i.state = State::Failed.into());
                 None
             }

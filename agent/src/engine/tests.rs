@@ -640,6 +640,8 @@ async fn what_is_stuck_can_be_asked_for_as_often_as_one_likes() {
             let asked = bench.engine.revert(std::slice::from_ref(&id), "asked");
             let asked = tokio::time::timeout(Duration::from_secs(5), asked).await;
             assert_eq!(asked.expect("it is answered").unwrap()[0].state(), State::Stuck);
+            let seen = tokio::time::timeout(Duration::from_secs(5), bench.engine.observe(&[id])).await;
+            assert_eq!(seen.expect("it is answered").unwrap()[0].state(), State::Stuck);
         }
     }
 }
