@@ -250,7 +250,7 @@ fn port<const FETCH: bool>(ctx: &TcContext, hook: Direction) -> i32 {
     let Some(packet) = head.complete(&skb, way) else { return NEXT };
     let set =
         matching::by_transport(table, set, &packet, &Maps { table, skb: &skb, hook, packet: &packet, whole });
-    if set == 0 {
+    if set == 0 || skb.is_anothers(table) {
         return NEXT;
     }
     // Of the packet these numbers are all that follows needs. The verifier, which went a hundred ways to get here, knows none of

@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use squall_common::{
     packet::{Bytes, VLAN_ID},
-    table::{Direction, RULES, Table},
+    table::{Direction, GUARDS, RULES, Table},
     tap,
 };
 
@@ -187,6 +187,14 @@ impl<'a> Skb<'a> {
         }
         let first = u64::from(field!(self, cb[1])) | u64::from(field!(self, cb[2])) << 32;
         Some(Note { first, second: self.second() })
+    }
+
+    /// Whether it comes out of another port of this interface. The program of that one is behind ours, or the note would be gone by
+    /// now: so the packet was here before.
+    #[inline(always)]
+    pub(crate) fn is_anothers(&self, table: &Table) -> bool {
+        let mark = field!(self, cb[0]);
+        mark & !0xffff == GUARDS && mark != table.guard.load() as u32
     }
 
     #[inline(always)]

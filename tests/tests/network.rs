@@ -425,6 +425,14 @@ async fn two_ports_of_one_interface_do_not_disturb_each_other() -> Result<()> {
         ensure!(like(one, expected), "{one:?} ms instead of {expected:?}");
         bench.end(&second.id).await?;
     }
+    // A packet that both are about suffers both, each once.
+    let side = bench.inject_into(bench.near(), by_side()).await?;
+    let same = delay(50, Direction::Both, vec![cidr("10.99.0.0/24")]);
+    let name = bench.inject_into(interface("far0", ""), same).await?;
+    let both = rtt(&bench.lab, Lab::FAR)?;
+    ensure!((both - 160.0).abs() < 40.0, "{both} ms with both on the same packets");
+    bench.revert(&side.id).await?;
+    bench.end(&name.id).await?;
     Ok(())
 }
 

@@ -5,6 +5,9 @@ use core::sync::atomic::AtomicU64;
 
 use crate::histogram::BUCKETS;
 
+/// The upper 16 bits of every port's guard, of whichever agent.
+pub const GUARDS: u32 = 0x5ca1_0000;
+
 /// A number that the kernel and the agent both read and write: in a program plain loads and stores, which on eBPF's
 /// machines are whole; in the agent a relaxed atomic.
 #[repr(transparent)]
@@ -227,7 +230,7 @@ pub struct Table {
     pub rule_of: [Cell; CLAUSES],
     /// The clauses of each rule.
     pub clauses_of: [Cell; RULES],
-    /// A number of this port's own (32 bits, never 0) in a packet's control block: "seen already, let it go".
+    /// A number of this port's own (32 bits, made of [`GUARDS`]) in a packet's control block: "seen already, let it go".
     pub guard: Cell,
     /// Length of the link layer's header: 14 for Ethernet, 0 for interfaces without one.
     pub link_header: Cell,

@@ -25,7 +25,9 @@ use squall_common::{
     quantiles::Quantiles,
     rules::{Cidr, Clause, prefixes},
     sieve::Sieve,
-    table::{CGROUPS, CIDRS, CLAUSES, Cell, Dimension, Direction, ENDPOINTS, LANES, Lane, RULES, Rule},
+    table::{
+        CGROUPS, CIDRS, CLAUSES, Cell, Dimension, Direction, ENDPOINTS, GUARDS, LANES, Lane, RULES, Rule,
+    },
 };
 
 use self::support::{attach_line, attach_tap};
@@ -347,7 +349,7 @@ impl Port {
         crash::step("port.open")?;
         let programs = Programs::get()?;
         let table = Arc::clone(programs.table());
-        table.guard.store(u64::from(random() as u32 | 1));
+        table.guard.store(u64::from(GUARDS | u32::from(random() as u16)));
         table.link_header.store(u64::from(link_header));
         table.ifindex.store(u64::from(interface.index));
         table.outside.store(u64::from(outside));

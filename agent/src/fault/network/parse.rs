@@ -373,6 +373,21 @@ fn together(action: &Action<u64>) -> Result<(), Invalid> {
     Err(Invalid::new("network.delay.latency", given, problem, fix))
 }
 
+/// The same ports in as few ranges as that takes: however many are asked for, there are no more ports than there are.
+fn merged(mut ranges: Vec<Ports>) -> Vec<Ports> {
+    ranges.sort_unstable_by_key(|range| range.first);
+    let mut merged: Vec<Ports> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(before) if range.first <= before.last.saturating_add(1) => {
+                before.last = before.last.max(range.last);
+            }
+            _ => merged.push(range),
+        }
+    }
+    merged
+}
+
 fn dns_of(dns: &v1::Dns, peers: &mut [Peer]) -> Result<Dns, Invalid> {
     let names = dns.names.iter().enumerate().map(|(i, name)| {
         let lower = name.trim_end_matches('.').to_lowercase();
@@ -462,7 +477,7 @@ fn peer_of(field: &str, peer: &v1::Peer, egress: bool, ingress: bool) -> Result<
                 )),
             }
         });
-        ranges.collect::<Result<Vec<_>, _>>()
+        ranges.collect::<Result<Vec<_>, _>>().map(merged)
     };
     let numbers = |name: &str, values: &[u32], most: u16| {
         let values = values.iter().enumerate().map(|(j, &value)| {
@@ -565,4 +580,17 @@ fn correlation(field: &str, value: f64) -> Result<f64, Invalid> {
         return Ok(value);
     }
     Err(Invalid::new(field, value, "not a correlation that ends", "write a ratio from 0 to less than 1"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_ports_are_as_few_as_they_can_be() {
+        let ranges = |all: &[[u16; 2]]| all.iter().map(|&[first, last]| Ports { first, last }).collect();
+        let some = ranges(&[[80, 90], [7, 7], [8, 8], [85, 100], [1, 3], [2, 2], [65_535, 65_535]]);
+        assert_eq!(merged(some), ranges(&[[1, 3], [7, 8], [80, 100], [65_535, 65_535]]) as Vec<_>);
+        assert_eq!(merged(vec![Ports { first: 1, last: 65_535 }; 100_000]).len(), 1);
+    }
 }
