@@ -5,16 +5,14 @@ use std::{
     fmt, fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    thread,
 };
 
-use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 use squall_proto::v1;
 use thiserror::Error;
 
 use crate::{
-    host::{cgroup::Hierarchies, proc, tc::Netlink},
+    host::{self, cgroup::Hierarchies, proc, tc::Netlink},
     limits::{Bystander, Invalid},
     pods,
 };
@@ -547,14 +545,7 @@ fn interfaces(netns: &Netns) -> anyhow::Result<Vec<String>> {
     if netns.own {
         return list();
     }
-    let file = fs::File::open(&netns.path)?;
-    thread::scope(|scope| {
-        let entered = scope.spawn(|| {
-            setns(file, CloneFlags::CLONE_NEWNET)?;
-            list()
-        });
-        entered.join().unwrap_or_else(|_| Err(anyhow::anyhow!("listing its interfaces failed")))
-    })
+    host::netns::Netns::open(netns)?.run(list)
 }
 
 /// The inode of the other network namespace that an interface of the agent's own leads to, where somebody is there: of the
@@ -712,7 +703,7 @@ mod tests {
         fn spawn(command: &mut Command) -> Self {
             let sleeper = Self(command.spawn().expect("spawned"));
             while proc::arguments(sleeper.pid()).is_empty() {
-                thread::yield_now();
+                std::thread::yield_now();
             }
             sleeper
         }
