@@ -294,9 +294,10 @@ async fn run(args: Run) -> Result<()> {
     serving.spawn(server.add_service(health).add_service(service).serve_with_incoming(local));
     info!(socket = %args.socket.display(), "serving");
 
+    let mut served = Ok(());
     let why = tokio::select! {
-        Some(served) = serving.join_next() => {
-            served?.context("serve gRPC")?;
+        Some(ended) = serving.join_next() => {
+            served = ended.map_err(Into::into).and_then(|ended| ended.context("serve gRPC"));
             "the server ended"
         }
         _ = terminate.recv() => "SIGTERM",
@@ -319,7 +320,7 @@ async fn run(args: Run) -> Result<()> {
         bail!("could not revert {}; the journal keeps them for the next start", ids.join(", "));
     }
     info!("drained, nothing left behind");
-    Ok(())
+    served
 }
 
 /// Stops where the file says so, or SIGUSR1.
