@@ -229,7 +229,8 @@ impl Round {
 }
 
 impl Probe {
-    fn announced(outline: ProbeOutline) -> Self {
+    /// One that saw nothing yet.
+    pub(crate) fn announced(outline: ProbeOutline) -> Self {
         Self {
             outline,
             bins: vec![],

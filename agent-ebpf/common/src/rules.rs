@@ -39,12 +39,6 @@ impl Cidr {
         self.len
     }
 
-    /// Whether it is the whole address space of its family.
-    #[must_use]
-    pub fn is_everything(&self) -> bool {
-        self.len == 0
-    }
-
     /// The first address of the prefix.
     #[must_use]
     pub fn address(&self) -> Address {

@@ -614,8 +614,7 @@ impl Network {
         let named: Vec<Cidr> = self.clauses(names).into_iter().flat_map(|clause| clause.cidrs).collect();
         for address in addresses {
             // A network is meant for the others in it.
-            let own = Cidr::new(address, if address.is_ipv4() { 32 } else { 128 });
-            if own.is_some_and(|own| !is_loopback(&own) && named.contains(&own)) {
+            if host(address).is_some_and(|own| !is_loopback(&own) && named.contains(&own)) {
                 warnings.push(format!(
                     "{address} is the target's own address: packets to it go over lo and are not hurt; inject into the interface lo for them"
                 ));
@@ -925,18 +924,12 @@ fn share_of_addresses(all: &Cidr, cidrs: &[Cidr]) -> f64 {
     share
 }
 
-/// How large a part of all ports these take together; without any, all of them.
+/// How large a part of all ports these ranges take, none of which overlap; without any, all of them.
 fn share_of_ports(ports: &[Ports]) -> f64 {
     if ports.is_empty() {
         return 1.0;
     }
-    let mut ranges: Vec<[u32; 2]> = ports.iter().map(|p| [p.first.into(), u32::from(p.last) + 1]).collect();
-    ranges.sort_unstable();
-    let (mut count, mut next) = (0, 0);
-    for [first, end] in ranges {
-        count += end.saturating_sub(first.max(next));
-        next = next.max(end);
-    }
+    let count: u32 = ports.iter().map(|range| u32::from(range.last - range.first) + 1).sum();
     f64::from(count) / 65_536.0
 }
 

@@ -77,8 +77,8 @@ impl Line {
     pub fn create(netlink: &mut Netlink, interface: u32, outside: bool, longest: Duration) -> Result<Self> {
         let names = names(interface, outside);
         for found in netlink.interfaces()?.into_iter().filter(|i| names.contains(&i.name)) {
-            let alias = found.alias.unwrap_or_default();
-            if alias != mark() && owned(Some(&alias)) {
+            if is_anothers(found.alias.as_deref()) {
+                let alias = found.alias.unwrap_or_default();
                 bail!("{} is the line of another agent, which lives: {alias}", found.name);
             }
         }

@@ -96,11 +96,8 @@ impl Stressor {
 
     /// Why it is over, where it is: its time was up, or it was killed.
     pub fn ended(&mut self) -> Option<&'static str> {
-        match self.child.try_wait() {
-            Ok(Some(status)) if status.signal() == Some(libc::SIGKILL) => Some("its stressor was killed"),
-            Ok(Some(_)) => Some("its stressor has ended"),
-            _ => None,
-        }
+        let over = matches!(self.child.try_wait(), Ok(Some(_)));
+        over.then(|| if self.was_killed() { "its stressor was killed" } else { "its stressor has ended" })
     }
 
     fn how_it_ended(&mut self) -> String {

@@ -308,16 +308,7 @@ mod tests {
             let outline =
                 ProbeOutline { kind: "load".into(), summary: String::new(), unit: "seconds".into() };
             let mut run = Run::default();
-            let probe = Probe {
-                outline,
-                bins: vec![],
-                values: vec![],
-                rate: false,
-                buckets: vec![],
-                failures: vec![],
-                resets: vec![],
-            };
-            run.probes.insert("shoppers".into(), probe);
+            run.probes.insert("shoppers".into(), Probe::announced(outline));
             for (second, failed) in failed.iter().enumerate() {
                 let failed = [("timeout".to_owned(), *failed)].into();
                 let bin = LoadBin { start: second as f64, due: 100, failed, ..LoadBin::default() };
